@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a kernel is told: plain addresses, strides and numbers, one struct per op. Every floor below includes only this.
+#pragma once
+#include <cstdint>
+
+namespace rlkern {
+
+enum class Dtype : int32_t { f32, f64, f16, bf16, b8, u8, i32, i64 };
+
+// A tensor as rows. Padded (B, T): element (r, t) sits at r * row_stride + t * inner_stride, inner_stride 1, or 0 where a
+// row holds one value (advantages of an outcome estimator). Packed: see Rows.
+struct Operand {
+  void* data = nullptr;
+  Dtype dtype = Dtype::f32;
+  int64_t rows = 0, cols = 0;
+  int64_t row_stride = 0;
+  int64_t inner_stride = 1;
+  explicit operator bool() const { return data != nullptr; }
+};
+
+// The rows of one call: `count` rows of `length` tokens, or, packed, row r = [cu[r], cu[r + 1]) of one long row.
+struct Rows {
+  int64_t count = 0, length = 0;
+  const int64_t* cu = nullptr;
+  int64_t len(int64_t r) const { return cu ? cu[r + 1] - cu[r] : length; }
+  // Offset of a row's first element in an operand; a packed per-row operand keeps its own row stride.
+  int64_t base(const Operand& x, int64_t r) const { return cu && x.inner_stride ? cu[r] : r * x.row_stride; }
+  int64_t total() const { return cu ? cu[count] : count * length; }
+};
+
+enum class Masked : int32_t { none, skip, reset, zero, turn };
+enum class Kl : int32_t { none, k1, abs, k2, k3 };
+enum class Baseline : int32_t { none, mean, leave_one_out, length_weighted };
+enum class Singleton : int32_t { raw, zero, nan };
+enum class Agg : int32_t { token_mean, seq_mean_token_sum, seq_mean_token_mean, seq_mean_token_sum_norm, token_sum };
+
+// (v - mean) * rstd and its choices; see rlkern/whiten.py for the words.
+struct WhitenOptions {
+  bool unbiased = true, floor = false, shift_mean = true, scale = true, mask_output = false;
+  double eps = 1e-8;
+};
+
+// The log-ratio and value clamps of a KL estimator; infinite where a framework has none.
+struct KlOptions {
+  Kl estimator = Kl::none;
+  bool straight_through = false;
+  double ratio_low, ratio_high, value_low, value_high;
+};
+
+// Kernels take exclusive outputs; an output with a null address is not wanted. `stream` asks for non-temporal stores.
+struct ScanArgs {
+  Rows rows;
+  Operand rewards, values, mask, bootstrap, lam, old_log_prob, ref_log_prob;
+  Operand advantages, returns;  // outputs; discounted returns leaves advantages and values null
+  Masked masked;
+  double gamma, lam_value, kl_coef;
+  KlOptions kl;
+  bool whiten;  // advantages := whitened advantages (gae) or returns (REINFORCE++)
+  WhitenOptions whiten_options;
+  int threads;
+};
+
+struct ScanGradArgs {
+  Rows rows;
+  Operand mask, lam, grad_advantages, grad_returns;
+  Operand d_rewards, d_values, d_bootstrap;
+  Masked masked;
+  bool gae;  // else discounted returns, from grad_returns
+  double gamma, lam_value;
+  int threads;
+};
+
+struct AffineArgs {
+  Rows rows;
+  Operand decay, x, initial, y;
+  double decay_value;  // used where decay is null
+  bool reverse;
+  int threads;
+};
+
+// y is the forward result; d_decay is per token, or (B,) summed over the row.
+struct AffineGradArgs {
+  Rows rows;
+  Operand decay, y, initial, grad;
+  Operand d_decay, d_x, d_initial;
+  double decay_value;
+  bool reverse;
+  int threads;
+};
+
+}  // namespace rlkern

@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0
+// The Python module: each function takes a raw op's arguments in the order of its schema (rlkern/library.py), then its
+// outputs, then the thread count.
+#include <string>
+
+#include "cpu/parallel.h"
+#include "kernels.h"
+#include "operands.h"
+
+using namespace rlkern;
+
+namespace rlkern {
+#define RLKERN_TABLE(isa)      \
+  namespace isa {              \
+  extern const Kernels table;  \
+  }
+RLKERN_ISAS(RLKERN_TABLE)
+}  // namespace rlkern
+
+namespace {
+
+bool runs(const std::string& isa) {
+#if defined(__x86_64__)
+  if (isa == "avx512")
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (isa == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#endif
+  return isa == "base";
+}
+#define RLKERN_ADDRESS(isa) &isa::table,
+const Kernels* const tables[] = {RLKERN_ISAS(RLKERN_ADDRESS)};
+
+const Kernels* widest() {
+  const Kernels* best = tables[0];
+  for (const Kernels* t : tables)
+    if (runs(t->isa)) best = t;
+  return best;
+}
+const Kernels* chosen = widest();
+
+template <class Args>
+double run(double (*Kernels::*kernel)(const Args&), const Args& args) {
+  py::gil_scoped_release other_threads;
+  return (chosen->*kernel)(args);
+}
+
+Operand either(const Operand& tokens, const Operand& per_row) { return tokens ? tokens : per_row; }
+
+using Range = std::array<double, 4>;
+using Flags = std::optional<std::array<bool, 5>>;
+
+double gae_fwd(Tokens rewards, Tokens values, Tokens mask, PerRow bootstrap, PerRow lam_row, Tokens old_log_prob, Tokens ref_log_prob, Packed packed,
+               Masked masked, double gamma, double lam, double kl_coef, const std::string& kl, const Range& kl_range, const Flags& whiten, double eps,
+               Tokens advantages, Tokens returns, int threads) {
+  const WhitenOptions options = whiten ? whiten_options(*whiten, eps) : WhitenOptions{};
+  const KlOptions estimator = kl_options(kl, kl_range);
+  return run(&Kernels::scan_fwd, ScanArgs{rows_of(rewards, packed), rewards, values, mask, bootstrap, lam_row, old_log_prob, ref_log_prob, advantages,
+                                          returns, masked, gamma, lam, kl_coef, estimator, whiten.has_value(), options, threads});
+}
+double returns_fwd(Tokens rewards, Tokens mask, PerRow bootstrap, Tokens old_log_prob, Tokens ref_log_prob, Packed packed, Masked masked, double gamma,
+                   double kl_coef, const std::string& kl, const Range& kl_range, const Flags& whiten, double eps, Tokens advantages, Tokens returns,
+                   int threads) {
+  const WhitenOptions options = whiten ? whiten_options(*whiten, eps) : WhitenOptions{};
+  const KlOptions estimator = kl_options(kl, kl_range);
+  return run(&Kernels::scan_fwd, ScanArgs{rows_of(rewards, packed), rewards, Operand{}, mask, bootstrap, Operand{}, old_log_prob, ref_log_prob,
+                                          advantages, returns, masked, gamma, 0, kl_coef, estimator, whiten.has_value(), options, threads});
+}
+double gae_bwd(Tokens grad_advantages, Tokens grad_returns, Tokens mask, PerRow lam_row, Packed packed, Masked masked, double gamma, double lam,
+               const std::array<bool, 3>&, Tokens d_rewards, Tokens d_values, PerRow d_bootstrap, int threads) {
+  return run(&Kernels::scan_bwd, ScanGradArgs{rows_of(grad_returns, packed), mask, lam_row, grad_advantages, grad_returns, d_rewards, d_values, d_bootstrap,
+                                              masked, true, gamma, lam, threads});
+}
+double returns_bwd(Tokens grad_returns, Tokens mask, Packed packed, Masked masked, double gamma, const std::array<bool, 2>&, Tokens d_rewards,
+                   PerRow d_bootstrap, int threads) {
+  return run(&Kernels::scan_bwd, ScanGradArgs{rows_of(grad_returns, packed), mask, Operand{}, Operand{}, grad_returns, d_rewards, Operand{}, d_bootstrap,
+                                              masked, false, gamma, 0, threads});
+}
+double affine_scan(Tokens decay, PerRow decay_row, Tokens x, PerRow initial, Packed packed, double decay_value, bool reverse, Tokens y, int threads) {
+  return run(&Kernels::affine_scan, AffineArgs{rows_of(x, packed), either(decay, decay_row), x, initial, y, decay_value, reverse, threads});
+}
+double affine_scan_bwd(Tokens grad, Tokens decay, PerRow decay_row, Tokens y, PerRow initial, Packed packed, double decay_value, bool reverse,
+                       const std::array<bool, 3>&, Tokens d_x, Tokens d_decay, PerRow d_initial, int threads) {
+  return run(&Kernels::affine_scan_bwd, AffineGradArgs{rows_of(y, packed), either(decay, decay_row), y, initial, grad, d_decay, d_x, d_initial, decay_value, reverse, threads});
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "rlkern's CPU kernels, by address.";
+  m.def("register_dtypes", [](const py::list& l) {
+    for (int i = 0; i < kDtypes; ++i) dtypes[i] = py::object(l[static_cast<size_t>(i)]).release().ptr();
+  });
+  m.def("isa", [] { return chosen->isa; });
+  m.def("isas", [] {
+    py::dict d;
+    for (const Kernels* t : tables) d[t->isa] = runs(t->isa);
+    return d;
+  });
+  m.def("set_isa", [](const std::string& isa) {
+    for (const Kernels* t : tables)
+      if (isa == t->isa && runs(isa)) return chosen = t, true;
+    return isa.empty() ? (chosen = widest(), true) : false;
+  });
+  m.def("huge_pages", [](uintptr_t address, size_t bytes) { advise_huge_pages(address, bytes); });
+  m.def("_gae_fwd", gae_fwd);
+  m.def("_gae_bwd", gae_bwd);
+  m.def("_discounted_returns_fwd", returns_fwd);
+  m.def("_discounted_returns_bwd", returns_bwd);
+  m.def("_affine_scan_fwd", affine_scan);
+  m.def("_affine_scan_bwd", affine_scan_bwd);
+}

@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0
+// y_t = x_t + decay_t y_next, in either direction, and its adjoint, which is the same scan in the other direction with the
+// decays one step over.
+#include "scan.h"
+
+#include "../kernels.h"
+#include "lanes.h"
+
+namespace rlkern {
+namespace RLKERN_ISA {
+namespace {
+
+template <class A>
+uint32_t inside(int64_t n) {
+  return static_cast<uint32_t>((uint64_t{1} << n) - 1);
+}
+
+template <class A, bool Reverse>
+void affine_row(const AffineArgs& a, int64_t r, bool stream) {
+  const Column<A> decay(a.decay, a.rows, r), x(a.x, a.rows, r);
+  const OutColumn<A> y(a.y, a.rows, r, stream);
+  const bool one_decay = !a.decay || a.decay.inner_stride == 0;
+  const Powers<A, Reverse> power(a.decay ? (one_decay ? decay.value[0] : A(0)) : A(a.decay_value));
+  A carry = a.initial ? row_value<A>(a.initial, r) : A(0);
+  for_vectors<A, Reverse>(a.rows.len(r), [&](int64_t i, int64_t n) RLKERN_INLINE {
+    Vec<A> out;
+    if (one_decay && n == kLanes<A>) {
+      out = power.scan(x(i, n), carry);
+    } else {  // lanes past the end pass the carry through
+      const Vec<A> c = one_decay ? power.g1 : decay(i, n);
+      out = affine_lanes<A, Reverse>(blend(inside<A>(n), c, splat(A(1))), x(i, n), carry);
+    }
+    carry = leaving<A, Reverse>(out);
+    y(i, n, out);
+  });
+}
+
+// c_t = G_t + decay_prev c_prev against the scan; d_x = c, d_decay_t = c_t y_next.
+template <class A, bool Reverse>
+void affine_grad_row(const AffineGradArgs& a, int64_t r) {
+  const Column<A> decay(a.decay, a.rows, r), y(a.y, a.rows, r), grad(a.grad, a.rows, r);
+  const OutColumn<A> d_x(a.d_x, a.rows, r, false);
+  const bool one_decay = !a.decay || a.decay.inner_stride == 0, per_token = a.d_decay && !one_decay;
+  const OutColumn<A> d_decay(per_token ? a.d_decay : Operand{}, a.rows, r, false);
+  const A only = a.decay ? (one_decay ? decay.value[0] : A(0)) : A(a.decay_value);
+  const A initial = a.initial ? row_value<A>(a.initial, r) : A(0);
+  const int64_t length = a.rows.len(r);
+  double row_sum = 0;
+  A c = 0, before = 0;  // before: the decay of the step that precedes in this walk
+  const int64_t first = Reverse ? 0 : length - 1, step = Reverse ? 1 : -1;
+  for (int64_t k = 0, t = first; k < length; ++k, t += step) {
+    c = Ops<A>::fused(before, c, grad(t, 1)[0]);
+    before = one_decay ? only : decay(t, 1)[0];
+    const A next = k + 1 < length ? y(t + step, 1)[0] : initial;
+    d_x(t, 1, splat(c));
+    if (per_token) d_decay(t, 1, splat(c * next));
+    row_sum += static_cast<double>(c) * next;
+  }
+  const Rows one{1, 1, nullptr};
+  if (a.d_decay && one_decay) OutColumn<A>(a.d_decay, one, 0, false)(r, 1, splat(A(row_sum)));
+  if (a.d_initial) OutColumn<A>(a.d_initial, one, 0, false)(r * a.d_initial.row_stride, 1, splat(before * c));
+}
+
+template <class A>
+void all(const AffineArgs& a) {
+  const bool stream = worth_streaming(a.rows.total(), 12);
+  parallel_rows(a.rows.count, a.rows.total(), a.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t r = end - 1; r >= begin; --r) a.reverse ? affine_row<A, true>(a, r, stream) : affine_row<A, false>(a, r, stream);
+    if (stream) stream_fence();
+  });
+}
+template <class A>
+void all_grads(const AffineGradArgs& a) {
+  parallel_rows(a.rows.count, a.rows.total(), a.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) a.reverse ? affine_grad_row<A, true>(a, r) : affine_grad_row<A, false>(a, r);
+  });
+}
+
+}  // namespace
+
+double affine_scan(const AffineArgs& a) {
+  a.y.dtype == Dtype::f64 ? all<double>(a) : all<float>(a);
+  return 0;
+}
+double affine_scan_bwd(const AffineGradArgs& a) {
+  a.grad.dtype == Dtype::f64 ? all_grads<double>(a) : all_grads<float>(a);
+  return 0;
+}
+
+}  // namespace RLKERN_ISA
+}  // namespace rlkern

@@ -1,0 +1,299 @@
+// SPDX-License-Identifier: Apache-2.0
+// A kernel walks a row one vector at a time. Here every dtype and mask kind becomes the same three things, by branches
+// that are the same for the whole row: lanes of the arithmetic type A, lanes of mask bits, and a way to write lanes back.
+#pragma once
+#include <cstdlib>
+
+#include "../args.h"
+#include "parallel.h"
+#include "simd.h"
+
+namespace rlkern {
+namespace RLKERN_ISA {
+
+inline int32_t bits_of(float x) {
+  int32_t u;
+  std::memcpy(&u, &x, 4);
+  return u;
+}
+inline float from_bits(int32_t u) {
+  float x;
+  std::memcpy(&x, &u, 4);
+  return x;
+}
+
+// ---- half precision ------------------------------------------------------------------------------------------------
+inline float widen_bf16(uint16_t x) { return from_bits(static_cast<int32_t>(static_cast<uint32_t>(x) << 16)); }
+inline uint16_t narrow_bf16(float f) {  // round to nearest even; NaN stays NaN
+  const uint32_t u = static_cast<uint32_t>(bits_of(f));
+  return static_cast<uint16_t>(f != f ? (u >> 16) | 0x40 : (u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+inline float widen_f16(uint16_t x) {
+  const int32_t magnitude = (x & 0x7fff) << 13, sign = static_cast<int32_t>(static_cast<uint32_t>(x & 0x8000) << 16);
+  const float f = from_bits(magnitude) * 5.192296858534828e33f;  // 2^112: exponent bias 15 to 127, subnormals too
+  return from_bits((magnitude >= 0x0f800000 ? magnitude | 0x7f800000 : bits_of(f)) | sign);  // infinity and NaN
+}
+inline uint16_t narrow_f16(float f) {  // round to nearest even, by the float unit for subnormals
+  const uint32_t u = static_cast<uint32_t>(bits_of(f)), sign = u & 0x80000000u, a = u ^ sign;
+  const uint32_t small = static_cast<uint32_t>(bits_of(from_bits(static_cast<int32_t>(a)) + 0.5f)) - 0x3f000000u;
+  const uint32_t normal = (a - 0x38000000u + 0xfff + (a >> 13 & 1)) >> 13;
+  const uint32_t special = a > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  return static_cast<uint16_t>((a >= 0x477ff000u ? special : a < 0x38800000u ? small : normal) | sign >> 16);
+}
+
+// ---- reading -------------------------------------------------------------------------------------------------------
+template <class A>
+constexpr Dtype kNative = sizeof(A) == 4 ? Dtype::f32 : Dtype::f64;
+
+template <class A, class T, class F>
+inline Vec<A> converted(const T* p, int64_t n, F f) {
+  A buf[kLanes<A>] = {};
+  if (n == kLanes<A>) {  // a constant count vectorises
+    for (int k = 0; k < kLanes<A>; ++k) buf[k] = static_cast<A>(f(p[k]));
+  } else {
+    for (int64_t k = 0; k < n; ++k) buf[k] = static_cast<A>(f(p[k]));
+  }
+  return loadu(buf);
+}
+template <class A>
+inline Vec<A> load_any(const void* data, Dtype dtype, int64_t i, int64_t n) {
+  auto same = [](auto v) { return v; };
+  switch (dtype) {
+    case Dtype::f32: return converted<A>(static_cast<const float*>(data) + i, n, same);
+    case Dtype::f64: return converted<A>(static_cast<const double*>(data) + i, n, same);
+    case Dtype::f16: return converted<A>(static_cast<const uint16_t*>(data) + i, n, widen_f16);
+    case Dtype::bf16: return converted<A>(static_cast<const uint16_t*>(data) + i, n, widen_bf16);
+    case Dtype::b8: return converted<A>(static_cast<const uint8_t*>(data) + i, n, [](uint8_t v) { return v != 0; });
+    case Dtype::u8: return converted<A>(static_cast<const uint8_t*>(data) + i, n, same);
+    case Dtype::i32: return converted<A>(static_cast<const int32_t*>(data) + i, n, same);
+    case Dtype::i64: return converted<A>(static_cast<const int64_t*>(data) + i, n, same);
+  }
+  return Vec<A>{};
+}
+
+inline int64_t bytes_of(Dtype d) {
+  switch (d) {
+    case Dtype::f64:
+    case Dtype::i64: return 8;
+    case Dtype::f32:
+    case Dtype::i32: return 4;
+    case Dtype::f16:
+    case Dtype::bf16: return 2;
+    default: return 1;
+  }
+}
+
+// One row of an operand. `n` at each call: how many lanes lie inside the row; the others read as 0.
+template <class A>
+struct Column {
+  const char* data;
+  Dtype dtype;
+  bool native, per_row;
+  Vec<A> value{};  // the row's one value, if per_row
+  Column(const Operand& x, const Rows& rows, int64_t r)
+      : data(static_cast<const char*>(x.data)), dtype(x.dtype), native(x.dtype == kNative<A>), per_row(x.inner_stride == 0) {
+    if (!data) return;
+    data += rows.base(x, r) * bytes_of(dtype);
+    if (per_row && rows.len(r) > 0) value = splat(load_any<A>(data, dtype, 0, 1)[0]);
+  }
+  explicit operator bool() const { return data != nullptr; }
+  Vec<A> operator()(int64_t i, int64_t n) const {
+    if (native && !per_row && n == kLanes<A>) return loadu(reinterpret_cast<const A*>(data) + i);
+    return per_row ? value : load_any<A>(data, dtype, i, n);
+  }
+  // masked lanes as zeros; a vector without a valid lane is not read
+  Vec<A> valid(int64_t i, int64_t n, uint32_t m) const {
+    if (m == kAllLanes<A>) return (*this)(i, n);
+    return m ? blend(m, (*this)(i, n), Vec<A>{}) : Vec<A>{};
+  }
+};
+
+// The value of a per-row operand (B,).
+template <class A>
+inline A row_value(const Operand& x, int64_t r) {
+  return load_any<A>(x.data, x.dtype, r * x.row_stride, 1)[0];
+}
+
+// ---- mask bits -----------------------------------------------------------------------------------------------------
+template <int W>
+inline uint32_t nonzero_lanes(const int64_t* p) {
+  uint32_t m = 0;
+#if defined(__AVX512F__)
+  for (int k = 0; k < W; k += 8) {
+    const __m512i v = _mm512_loadu_si512(p + k);
+    m |= static_cast<uint32_t>(_mm512_test_epi64_mask(v, v)) << k;
+  }
+#elif defined(__AVX2__)
+  for (int k = 0; k < W; k += 4) {
+    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + k));
+    const __m256d zero = _mm256_castsi256_pd(_mm256_cmpeq_epi64(v, _mm256_setzero_si256()));
+    m |= static_cast<uint32_t>(~_mm256_movemask_pd(zero) & 15) << k;
+  }
+#else
+  for (int k = 0; k < W; ++k) m |= static_cast<uint32_t>(p[k] != 0) << k;
+#endif
+  return m;
+}
+template <int W>
+inline uint32_t nonzero_lanes(const uint8_t* p) {
+  uint32_t m = 0;
+#if defined(__SSE2__)
+  if constexpr (W == 16) {
+    const __m128i zero = _mm_cmpeq_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), _mm_setzero_si128());
+    return static_cast<uint32_t>(~_mm_movemask_epi8(zero)) & 0xffff;
+  }
+  if constexpr (W == 8) {
+    const __m128i zero = _mm_cmpeq_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)), _mm_setzero_si128());
+    return static_cast<uint32_t>(~_mm_movemask_epi8(zero)) & 0xff;
+  }
+#endif
+  for (int k = 0; k < W; ++k) m |= static_cast<uint32_t>(p[k] != 0) << k;
+  return m;
+}
+template <int W, class T>
+inline uint32_t nonzero_lanes(const T* p) {
+  uint32_t m = 0;
+  for (int k = 0; k < W; ++k) m |= static_cast<uint32_t>(p[k] != 0) << k;
+  return m;
+}
+
+// One row of a mask as bits; an absent mask is all ones. Lanes past the row's end are 0.
+struct MaskRow {
+  const char* data;
+  Dtype dtype;
+  bool per_row;
+  MaskRow(const Operand& x, const Rows& rows, int64_t r) : data(static_cast<const char*>(x.data)), dtype(x.dtype), per_row(x.inner_stride == 0) {
+    if (data) data += rows.base(x, r) * bytes_of(dtype);
+  }
+  template <int W>
+  uint32_t lanes(int64_t i, int64_t n) const {
+    const uint32_t inside = static_cast<uint32_t>((uint64_t{1} << n) - 1);
+    if (!data) return inside;
+    if (per_row) return any(0, 1) ? inside : 0;
+    if (n < W) return any(i, n);
+    if (dtype == Dtype::i64) return nonzero_lanes<W>(reinterpret_cast<const int64_t*>(data) + i);
+    if (dtype == Dtype::b8 || dtype == Dtype::u8) return nonzero_lanes<W>(reinterpret_cast<const uint8_t*>(data) + i);
+    return any(i, W);
+  }
+
+ private:
+  uint32_t any(int64_t i, int64_t n) const {
+    uint32_t m = 0;
+    for (int64_t k = 0; k < n; ++k) m |= static_cast<uint32_t>(one(i + k)) << k;
+    return m;
+  }
+  bool one(int64_t i) const {
+    switch (dtype) {
+      case Dtype::f32: return reinterpret_cast<const float*>(data)[i] != 0;
+      case Dtype::f64: return reinterpret_cast<const double*>(data)[i] != 0;
+      case Dtype::f16:
+      case Dtype::bf16: return (reinterpret_cast<const uint16_t*>(data)[i] & 0x7fff) != 0;
+      case Dtype::i32: return reinterpret_cast<const int32_t*>(data)[i] != 0;
+      case Dtype::i64: return reinterpret_cast<const int64_t*>(data)[i] != 0;
+      default: return data[i] != 0;
+    }
+  }
+};
+
+// Zeroed memory for one call. Not std::vector: its code would be shared between ISAs by the linker.
+template <class T>
+struct Scratch {
+  T* data;
+  explicit Scratch(int64_t n) : data(n > 0 ? static_cast<T*>(std::calloc(static_cast<size_t>(n), sizeof(T))) : nullptr) {
+    if (n > 0 && !data) out_of_memory();
+  }
+  ~Scratch() { std::free(data); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+};
+
+// Mask lanes of all rows, kept between two sweeps: 1/64 of an int64 mask. One uint16_t holds a vector's lanes.
+struct KeptLanes {
+  uint16_t* lanes;
+  int64_t length;
+  const int64_t* cu;
+  int width;
+  KeptLanes(const Rows& r, int w, uint16_t* p) : lanes(p), length(r.length), cu(r.cu), width(w) {}
+  static int64_t count(const Rows& r, int w) { return r.total() / w + r.count; }
+  uint16_t* row(int64_t r) const {  // packed: at most cu[r] / width + r vectors lie before row r
+    return lanes + (cu ? cu[r] / width + r : r * ((length + width - 1) / width));
+  }
+};
+
+// ---- writing -------------------------------------------------------------------------------------------------------
+// Streaming (non-temporal stores) pays only where the outputs would not have stayed in the cache anyway: by the bytes the
+// op touches in all. The figure is measured in docs/performance.md.
+inline bool worth_streaming(int64_t elements, int64_t bytes_per_element) { return elements * bytes_per_element > (int64_t{16} << 20); }
+inline void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+template <class A>
+inline void stream_store(A* p, Vec<A> v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+#elif defined(__AVX2__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+#elif defined(__SSE2__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)v);
+#else
+  storeu(p, v);
+#endif
+}
+
+// One row of an output. A null address takes writes and drops them.
+template <class A>
+struct OutColumn {
+  char* data;
+  Dtype dtype;
+  bool native, stream;
+  OutColumn(const Operand& x, const Rows& rows, int64_t r, bool want_stream)
+      : data(static_cast<char*>(x.data)), dtype(x.dtype), native(x.dtype == kNative<A>), stream(false) {
+    if (!data) return;
+    data += rows.base(x, r) * bytes_of(dtype);
+    stream = want_stream && native && reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0;
+  }
+  explicit operator bool() const { return data != nullptr; }
+  void operator()(int64_t i, int64_t n, Vec<A> v) const {
+    if (!data) return;
+    if (native && n == kLanes<A>) {
+      A* p = reinterpret_cast<A*>(data) + i;
+      return stream ? stream_store(p, v) : storeu(p, v);
+    }
+    A buf[kLanes<A>];
+    storeu(buf, v);
+    for (int64_t k = 0; k < n; ++k) put(i + k, buf[k]);
+  }
+
+ private:
+  void put(int64_t i, A v) const {
+    switch (dtype) {
+      case Dtype::f32: reinterpret_cast<float*>(data)[i] = static_cast<float>(v); break;
+      case Dtype::f64: reinterpret_cast<double*>(data)[i] = static_cast<double>(v); break;
+      case Dtype::f16: reinterpret_cast<uint16_t*>(data)[i] = narrow_f16(static_cast<float>(v)); break;
+      case Dtype::bf16: reinterpret_cast<uint16_t*>(data)[i] = narrow_bf16(static_cast<float>(v)); break;
+      default: break;  // no op returns integers through lanes
+    }
+  }
+};
+
+// A row's loop body, inlined for whole vectors and for the ragged one: its carries must live in registers.
+#define RLKERN_INLINE __attribute__((always_inline))
+
+// f(i, n) for the vectors of a row of `length` tokens; n < kLanes only at its right end.
+template <class A, bool Reverse, class F>
+RLKERN_INLINE inline void for_vectors(int64_t length, F&& f) {
+  constexpr int W = kLanes<A>;
+  const int64_t whole = length / W * W;
+  if (Reverse) {
+    if (whole < length) f(whole, length - whole);
+    for (int64_t i = whole - W; i >= 0; i -= W) f(i, int64_t{W});
+  } else {
+    for (int64_t i = 0; i < whole; i += W) f(i, int64_t{W});
+    if (whole < length) f(whole, length - whole);
+  }
+}
+
+}  // namespace RLKERN_ISA
+}  // namespace rlkern

@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: Apache-2.0
+// GAE and discounted returns, forward. Rows and time both run downwards, so that each stream descends through memory
+// without a jump: the hardware prefetcher follows it across rows (docs/performance.md).
+#include "scan.h"
+
+#include "../kernels.h"
+#include "moments.h"
+#include "../math/kl.h"
+
+namespace rlkern {
+namespace RLKERN_ISA {
+namespace {
+
+// Rewards as the recurrence reads them: zero at masked tokens in "zero" mode, less the KL penalty at valid ones.
+template <class A>
+struct Rewards {
+  Column<A> reward, old_log_prob, ref_log_prob;
+  bool zero;
+  const ScanArgs& args;
+  Rewards(const ScanArgs& a, int64_t r)
+      : reward(a.rewards, a.rows, r), old_log_prob(a.old_log_prob, a.rows, r), ref_log_prob(a.ref_log_prob, a.rows, r),
+        zero(a.masked == Masked::zero), args(a) {}
+  Vec<A> operator()(int64_t i, int64_t n, uint32_t m) const {
+    const Vec<A> x = zero ? reward.valid(i, n, m) : reward(i, n);
+    return args.kl.estimator == Kl::none || m == 0 ? x : shaped(x, i, n, m);
+  }
+
+ private:
+  Vec<A> shaped(Vec<A> x, int64_t i, int64_t n, uint32_t m) const {
+    const Vec<A> old_lp = old_log_prob.valid(i, n, m), ref_lp = ref_log_prob.valid(i, n, m);
+    const KlRange<Vec<A>> range(args.kl);
+    const Vec<A> kl = with_estimator(args.kl.estimator, [&](auto e) { return kl_value<decltype(e)::value>(old_lp, ref_lp, range); });
+    return blend(m, x - splat(A(args.kl_coef)) * kl, x);
+  }
+};
+
+template <class A, bool Stats>
+void gae_row(const ScanArgs& a, int64_t r, bool stream, MomentLanes<A>& moments) {
+  constexpr int W = kLanes<A>;
+  const double lam = a.lam ? row_value<double>(a.lam, r) : a.lam_value;
+  const Powers<A, true> power(A(a.gamma * lam));
+  const Rewards<A> rewards(a, r);
+  const Column<A> values(a.values, a.rows, r);
+  const MaskRow mask(a.mask, a.rows, r);
+  const OutColumn<A> advantages(a.advantages, a.rows, r, stream), returns(a.returns, a.rows, r, stream);
+  const Vec<A> gamma = splat(A(a.gamma)), zero{}, one = splat(A(1));
+  const bool skip = a.masked == Masked::skip, zeroed = a.masked == Masked::zero;
+  A y0 = 0, next_value = a.bootstrap ? row_value<A>(a.bootstrap, r) : A(0);
+  for_vectors<A, true>(a.rows.len(r), [&](int64_t i, int64_t n) RLKERN_INLINE {
+    const uint32_t m = mask.lanes<W>(i, n);
+    const uint32_t live = skip ? m : static_cast<uint32_t>((uint64_t{1} << n) - 1);  // tokens the recurrence steps on
+    const Vec<A> v = zeroed ? values.valid(i, n, m) : values(i, n);
+    Vec<A> y;
+    if (live == kAllLanes<A>) {
+      const Vec<A> next = shift<A, 1, true>(v, splat(next_value));
+      y = power.scan(fused(gamma, next, rewards(i, n, m)) - v, y0);
+      next_value = v[0], y0 = y[0];
+    } else if (live == 0) {
+      y = splat(y0);
+    } else {
+      const Vec<A> latest = affine_lanes<A, true>(blend(live, zero, one), blend(live, v, zero), next_value);
+      const Vec<A> next = shift<A, 1, true>(latest, splat(next_value));
+      const Vec<A> delta = fused(gamma, next, rewards(i, n, m)) - v;
+      y = affine_lanes<A, true>(blend(live, power.g1, one), blend(live, delta, zero), y0);
+      next_value = latest[0], y0 = y[0];
+    }
+    if (Stats) moments.add(y, m);
+    advantages(i, n, y);
+    returns(i, n, y + v);
+  });
+}
+
+// ---- discounted returns: one function a mask rule ------------------------------------------------------------------
+template <class A>
+struct Returns {
+  const Powers<A, true>& power;
+  A carry;
+  uint32_t next_bit = 0;  // turn: is the token to the right valid?
+
+  // skip (live = valid tokens), zero and None (live = all): identity where not live
+  Vec<A> skip(Vec<A> reward, uint32_t live) {
+    const Vec<A> zero{}, one = splat(A(1));
+    Vec<A> y;
+    if (live == kAllLanes<A>) {
+      y = power.scan(reward, carry);
+    } else if (live == 0) {
+      return zero;
+    } else {
+      y = affine_lanes<A, true>(blend(live, power.g1, one), blend(live, reward, zero), carry);
+    }
+    carry = y[0];
+    return blend(live, y, zero);
+  }
+  // emitted everywhere, carried only out of valid tokens; serial where a cut may occur: 0 * NaN would not stop a NaN
+  Vec<A> reset(Vec<A> reward, uint32_t m, int64_t n) {
+    if (m == kAllLanes<A>) return skip(reward, m);
+    Vec<A> out{};
+    for (int64_t j = n - 1; j >= 0; --j) {
+      out[j] = Ops<A>::fused(power.g1[0], carry, reward[j]);
+      carry = m >> j & 1 ? out[j] : A(0);
+    }
+    return out;
+  }
+  // one step a turn, on the reward of its last token
+  Vec<A> turn(Vec<A> reward, uint32_t m) {
+    const Vec<A> zero{}, one = splat(A(1));
+    const uint32_t last = m & ~(m >> 1 | next_bit << (kLanes<A> - 1));
+    const Vec<A> y = last ? affine_lanes<A, true>(blend(last, power.g1, one), blend(last, reward, zero), carry) : splat(carry);
+    next_bit = m & 1, carry = y[0];
+    return blend(m, y, zero);
+  }
+};
+
+template <class A, bool Stats>
+void returns_row(const ScanArgs& a, int64_t r, bool stream, MomentLanes<A>& moments, uint16_t* kept) {
+  constexpr int W = kLanes<A>;
+  const Powers<A, true> power{A(a.gamma)};
+  const Rewards<A> rewards(a, r);
+  const MaskRow mask(a.mask, a.rows, r);
+  const OutColumn<A> returns(a.returns, a.rows, r, stream);
+  Returns<A> step{power, a.bootstrap ? row_value<A>(a.bootstrap, r) : A(0)};
+  for_vectors<A, true>(a.rows.len(r), [&](int64_t i, int64_t n) RLKERN_INLINE {
+    const uint32_t m = mask.lanes<W>(i, n), inside = static_cast<uint32_t>((uint64_t{1} << n) - 1);
+    const Vec<A> reward = rewards(i, n, m);
+    Vec<A> out;
+    if (a.masked == Masked::turn) out = step.turn(reward, m);
+    else if (a.masked == Masked::reset) out = step.reset(reward, m, n);
+    else out = step.skip(reward, a.masked == Masked::skip ? m : inside);
+    if (Stats) moments.add(out, m);
+    if (kept) kept[i / W] = static_cast<uint16_t>(m);
+    returns(i, n, out);
+  });
+}
+
+// ---- whitening: advantages := whitened advantages (GAE) or masked whitened returns (REINFORCE++), read back once -----
+template <class A>
+void whiten_row(const ScanArgs& a, int64_t r, bool stream, const WhitenScale<Vec<A>, A>& scale, const uint16_t* kept) {
+  constexpr int W = kLanes<A>;
+  const Column<A> from(a.values ? a.advantages : a.returns, a.rows, r);
+  const MaskRow mask(a.mask, a.rows, r);
+  const OutColumn<A> advantages(a.advantages, a.rows, r, stream && !a.values);  // in place through the cache
+  for_vectors<A, true>(a.rows.len(r), [&](int64_t i, int64_t n) RLKERN_INLINE {
+    Vec<A> y = scale(from(i, n));
+    if (a.whiten_options.mask_output) y = blend(kept ? kept[i / W] : mask.lanes<W>(i, n), y, Vec<A>{});
+    advantages(i, n, y);
+  });
+}
+
+template <class A>
+double scan_all(const ScanArgs& a) {
+  const int64_t total = a.rows.total();
+  const bool stream = worth_streaming(total, a.values ? 24 : 16);
+  const bool keep = a.whiten && a.whiten_options.mask_output && !a.values;
+  Scratch<Moments> moments(a.whiten ? a.rows.count : 0);
+  Scratch<uint16_t> lanes(keep ? KeptLanes::count(a.rows, kLanes<A>) : 0);
+  const KeptLanes kept(a.rows, kLanes<A>, lanes.data);
+  parallel_rows(a.rows.count, total, a.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t r = end - 1; r >= begin; --r) {
+      MomentLanes<A> row;
+      if (a.values) a.whiten ? gae_row<A, true>(a, r, stream, row) : gae_row<A, false>(a, r, stream, row);
+      else a.whiten ? returns_row<A, true>(a, r, stream, row, keep ? kept.row(r) : nullptr) : returns_row<A, false>(a, r, stream, row, nullptr);
+      if (a.whiten) moments.data[r] = row.total();
+    }
+    if (stream) stream_fence();
+  });
+  if (!a.whiten) return 0;
+  Moments all;
+  for (int64_t r = 0; r < a.rows.count; ++r) all.merge(moments.data[r]);
+  if (all.count <= (a.whiten_options.unbiased ? 1 : 0)) return all.count;  // the caller refuses
+  const WhitenScale<Vec<A>, A> scale(all, a.whiten_options);
+  parallel_rows(a.rows.count, total, a.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t r = end - 1; r >= begin; --r) whiten_row<A>(a, r, stream, scale, keep ? kept.row(r) : nullptr);
+    if (stream) stream_fence();
+  });
+  return all.count;
+}
+
+}  // namespace
+
+double scan_fwd(const ScanArgs& a) { return a.returns.dtype == Dtype::f64 ? scan_all<double>(a) : scan_all<float>(a); }
+
+}  // namespace RLKERN_ISA
+}  // namespace rlkern

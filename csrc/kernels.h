@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+// The table of kernels: one list, from which every ISA fills its own set of pointers and bind.cpp picks one.
+#pragma once
+#include "args.h"
+
+// X(name, argument struct). A kernel returns the mask's sum where its caller must judge it, else 0.
+#define RLKERN_KERNELS(X)    \
+  X(scan_fwd, ScanArgs)      \
+  X(scan_bwd, ScanGradArgs)  \
+  X(affine_scan, AffineArgs) \
+  X(affine_scan_bwd, AffineGradArgs)
+
+#if defined(__x86_64__)
+#define RLKERN_ISAS(X) X(base) X(avx2) X(avx512)  // the widest last
+#else
+#define RLKERN_ISAS(X) X(base)
+#endif
+
+namespace rlkern {
+
+struct Kernels {
+  const char* isa;
+#define RLKERN_POINTER(name, Args) double (*name)(const Args&);
+  RLKERN_KERNELS(RLKERN_POINTER)
+#undef RLKERN_POINTER
+};
+
+#ifdef RLKERN_ISA
+namespace RLKERN_ISA {
+#define RLKERN_DECLARE(name, Args) double name(const Args&);
+RLKERN_KERNELS(RLKERN_DECLARE)
+#undef RLKERN_DECLARE
+}  // namespace RLKERN_ISA
+#endif
+
+}  // namespace rlkern

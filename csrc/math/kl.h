@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+// KL estimators of one token, each value next to its derivative with respect to log_prob.
+#pragma once
+#include "../args.h"
+#include "math.h"
+
+#include <type_traits>
+
+namespace rlkern {
+namespace RLKERN_ISA {
+
+template <class V>
+struct KlRange {
+  V ratio_low, ratio_high, value_low, value_high;
+  explicit KlRange(const KlOptions& o)
+      : ratio_low(constant<V>(o.ratio_low)), ratio_high(constant<V>(o.ratio_high)), value_low(constant<V>(o.value_low)), value_high(constant<V>(o.value_high)) {}
+};
+
+// d = ref_log_prob - log_prob. k1: -d; abs: |d|; k2: d^2 / 2; k3: exp(d) - 1 - d.
+template <Kl E, class V>
+RLKERN_HD V kl_raw(V d) {
+  if constexpr (E == Kl::k1) return -d;
+  else if constexpr (E == Kl::abs) return d < constant<V>(0) ? -d : d;
+  else if constexpr (E == Kl::k2) return constant<V>(0.5) * d * d;
+  else return exp_minus_1_minus(d);
+}
+template <Kl E, class V>
+RLKERN_HD V kl_raw_grad(V d) {  // d/dlog_prob = -d/dd; a NaN stays one
+  const V zero = constant<V>(0), one = constant<V>(1);
+  if constexpr (E == Kl::k1) return one + d * zero;
+  else if constexpr (E == Kl::abs) return d < zero ? one : (d > zero ? -one : d * zero);
+  else if constexpr (E == Kl::k2) return -d;
+  else return -expm1_of(d);
+}
+
+template <Kl E, class V>
+RLKERN_HD V kl_value(V log_prob, V ref_log_prob, const KlRange<V>& range) {
+  const V d = clamped(ref_log_prob - log_prob, range.ratio_low, range.ratio_high);
+  return clamped(kl_raw<E>(d), range.value_low, range.value_high);
+}
+
+// A clamp passes gradient on its closed interval. A straight-through form has the gradient of k2 everywhere.
+template <Kl E, class V>
+RLKERN_HD V kl_grad(V log_prob, V ref_log_prob, const KlRange<V>& range, bool straight_through) {
+  const V raw = ref_log_prob - log_prob, zero = constant<V>(0);
+  if (straight_through) return -raw;
+  const V d = clamped(raw, range.ratio_low, range.ratio_high), value = kl_raw<E>(d);
+  const auto outside = (raw < range.ratio_low) | (raw > range.ratio_high) | (value < range.value_low) | (value > range.value_high);
+  return outside ? zero : kl_raw_grad<E>(d);
+}
+
+// f.template operator()<E>() for the estimator chosen at run time: the choice stays outside the loops.
+template <class F>
+inline auto with_estimator(Kl e, F&& f) {
+  switch (e) {
+    case Kl::k1: return f(std::integral_constant<Kl, Kl::k1>{});
+    case Kl::abs: return f(std::integral_constant<Kl, Kl::abs>{});
+    case Kl::k2: return f(std::integral_constant<Kl, Kl::k2>{});
+    default: return f(std::integral_constant<Kl, Kl::k3>{});
+  }
+}
+
+}  // namespace RLKERN_ISA
+}  // namespace rlkern

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""rlkern: fused kernels for RLHF training, with the numerics of the reference path."""
+
+from rlkern import advantages, backends
+from rlkern.backends import BackendError, explain, use_backend
+from rlkern.data import RolloutBatch, capture, load_batch, save_batch
+from rlkern.scan import affine_scan, discounted_returns, gae
+from rlkern.types import Advantages, GroupIndex, Moments
+
+__version__ = "0.1.0"
+__all__ = [
+    "Advantages",
+    "BackendError",
+    "GroupIndex",
+    "Moments",
+    "RolloutBatch",
+    "advantages",
+    "affine_scan",
+    "capture",
+    "discounted_returns",
+    "explain",
+    "gae",
+    "load_batch",
+    "save_batch",
+    "use_backend",
+]
+
+backends.environment_backend()

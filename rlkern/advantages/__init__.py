@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Advantage estimators, one file a framework."""

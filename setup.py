@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds the native CPU module through CMake. Never imports torch, never looks at the machine it runs on.
+
+RLKERN_NATIVE=0   ship pure Python (the torch backend only)
+RLKERN_NATIVE=1   fail if the native module cannot be built (the default builds it where a C++17 compiler works)
+RLKERN_SANITIZE=1 build it under AddressSanitizer and UndefinedBehaviorSanitizer
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+NATIVE = os.environ.get("RLKERN_NATIVE", "auto")
+
+
+class CMakeBuild(build_ext):
+    """One CMake project for all native targets: flags stand in CMakeLists.txt alone."""
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            self._cmake(ext)
+        except (OSError, subprocess.CalledProcessError) as error:
+            if NATIVE == "1":
+                raise
+            print(f"\nrlkern: the native CPU module could not be built ({error}); installing without it.\n"
+                  "rlkern: ops then run on the torch backend; `rlkern info` says so. RLKERN_NATIVE=1 makes this an error.\n",
+                  file=sys.stderr)
+
+    def _cmake(self, ext: Extension) -> None:
+        import pybind11
+
+        target = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
+        build = (Path(self.build_temp) / "cmake").resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        target.mkdir(parents=True, exist_ok=True)
+        cmake = shutil.which("cmake") or "cmake"
+        configure = [cmake, "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release",
+                     f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}",
+                     f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
+                     f"-DRLKERN_SANITIZE={'ON' if os.environ.get('RLKERN_SANITIZE') == '1' else 'OFF'}"]
+        if shutil.which("ninja"):
+            configure += ["-G", "Ninja"]
+        subprocess.run(configure, check=True)
+        subprocess.run([cmake, "--build", str(build), "--parallel", "2"], check=True)
+
+
+setup(
+    ext_modules=[] if NATIVE == "0" else [Extension("rlkern._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)
