@@ -38,7 +38,7 @@ class BackendError(RuntimeError):
 
 # A plain dict: Dynamo traces and guards it, which it does for neither a ContextVar nor a lock.
 _choice: dict[str, str] = {"backend": "auto"}
-_picked: dict[tuple[str, str, str, torch.dtype], int] = {}
+_picked: dict[tuple[str, str, torch.device, torch.dtype], int] = {}
 _logged: set[str] = set()
 
 
@@ -128,10 +128,10 @@ def _pick(choice: str, op: str, device: str, dtype: torch.dtype) -> int:
 
 def pick(op: str, x: Tensor) -> int:
     """The backend for raw op `op` on tensor `x`, as the number the raw ops take."""
-    key = (_choice["backend"], op, x.device.type, x.dtype)
+    key = (_choice["backend"], op, x.device, x.dtype)
     found = _picked.get(key)
     if found is None:
-        found = _pick(*key)
+        found = _pick(key[0], op, x.device.type, x.dtype)
         if not torch.compiler.is_compiling():
             _picked[key] = found
     return found

@@ -24,25 +24,47 @@ def describe(x: Any) -> str:
     return f"{x.dtype} of shape {tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) else f"{type(x).__name__} {x!r:.60}"
 
 
-def tensors(op: str, like: Tensor, **others: Tensor | None) -> None:
-    """Each tensor floating point, of the shape and device of `like` (itself among them, first); None is absent."""
-    shape, device = like.shape if isinstance(like, Tensor) else None, getattr(like, "device", None)
+def tensors(op: str, like: Tensor, **others: Tensor | None) -> list[Any]:
+    """Each tensor floating point, of the shape and device of `like` (itself among them, first), with rows of stride 1.
+
+    Returns them in order; None is absent and stays. Anything but stride 1 (or 0: one value a row) is copied once.
+    """
+    shape, device = (like.shape, like.device) if isinstance(like, Tensor) else (None, None)
+    found = []
     for name, x in others.items():
-        if x is None:
-            continue
-        if not isinstance(x, Tensor):
-            raise fail(op, name, "be a torch.Tensor", describe(x), "Convert it with torch.as_tensor.", TypeError)
-        if x.dtype not in (_MASKS if name.endswith("mask") else _VALUES):
-            words = "bool, uint8, int32, int64 or floating point" if name.endswith("mask") else "float32, float64, float16 or bfloat16"
-            raise fail(op, name, f"be {words}", describe(x), "Convert it with .to(dtype).", TypeError)
-        if x.shape != shape:
-            raise fail(op, name, f"have the shape {tuple(shape or ())} of the first argument", describe(x), "Expand it: x.expand(shape).")
-        if x.device != device:
-            raise fail(op, name, f"be on {device} like the first argument", describe(x), "Move it with .to(device).")
+        if x is not None:
+            if x is not like and not (isinstance(x, Tensor) and x.shape == shape and x.device == device):
+                _mismatch(op, name, x, shape, device)
+            if x.dtype not in (_MASKS if name.endswith("mask") else _VALUES):
+                kinds = "bool, uint8, int32, int64 or floating point" if name.endswith("mask") else "float32, float64, float16 or bfloat16"
+                raise fail(op, name, f"be {kinds}", describe(x), "Convert it with .to(dtype).", TypeError)
+            if not x.is_contiguous():
+                x = inner(x)
+        found.append(x)
+    return found
+
+
+def _mismatch(op: str, name: str, x: Any, shape: Any, device: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise fail(op, name, "be a torch.Tensor", describe(x), "Convert it with torch.as_tensor.", TypeError)
+    if x.shape != shape:
+        raise fail(op, name, f"have the shape {tuple(shape or ())} of the first argument", describe(x), "Expand it: x.expand(shape).")
+    raise fail(op, name, f"be on {device} like the first argument", describe(x), "Move it with .to(device).")
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Is any of them recorded by autograd?"""
+    if not torch.is_grad_enabled():
+        return False
+    for x in tensors:
+        if x is not None and x.requires_grad:
+            return True
+    return False
 
 
 def batch(op: str, name: str, x: Any, cu_seqlens: Tensor | None = None) -> None:
-    """`x` is (B, T), or 1-D: one row, or packed rows with cu_seqlens."""
+    """`x` is (B, T), or 1-D: one row, or packed rows with cu_seqlens. The first check of every op on tokens."""
+    no_transforms(op, x)
     if not isinstance(x, Tensor):
         raise fail(op, name, "be a torch.Tensor", describe(x), "Convert it with torch.as_tensor.", TypeError)
     if x.dim() not in ((1,) if cu_seqlens is not None else (1, 2)):
@@ -117,9 +139,9 @@ def inner(x: Tensor | None) -> Tensor | None:
 
 def no_transforms(op: str, x: Tensor) -> None:
     """torch.func transforms and DTensor are not supported; say so instead of failing somewhere deep."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
         raise fail(op, "the call", "not be inside a torch.func transform", "vmap, grad or jvp", "Use torch.autograd.", NotImplementedError)
-    if type(x).__name__ == "DTensor":
+    if type(x) is not Tensor and type(x).__name__ == "DTensor":
         raise fail(op, "the tensors", "be local", "a DTensor", "Pass x.to_local().", TypeError)
 
 
@@ -139,11 +161,11 @@ def out_tensors(op: str, out: Any, like: Tensor, dtypes: Sequence[torch.dtype], 
 
 def result_dtype(*tensors: Tensor | None) -> torch.dtype:
     """torch's promotion over the floating-point arguments; integer and bool masks raise nothing."""
-    found = [x.dtype for x in tensors if x is not None and x.dtype in _VALUES]
-    dtype = found[0]
-    for other in found[1:]:
-        dtype = torch.promote_types(dtype, other)
-    return dtype
+    dtype: torch.dtype | None = None
+    for x in tensors:
+        if x is not None and x.dtype is not dtype and x.dtype in _VALUES:
+            dtype = x.dtype if dtype is None else torch.promote_types(dtype, x.dtype)
+    return dtype or torch.float32
 
 
 def valid_tokens(op: str, count: float, unbiased: bool) -> None:

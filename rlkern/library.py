@@ -16,7 +16,7 @@ from torch import Tensor
 from rlkern import backends
 
 _LIBRARY = torch.library.Library("rlkern", "DEF")
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), float, int, bool, str, list))
 _HUGE = 4 << 20  # bytes; smaller outputs come from the allocator's own pages
 
 
@@ -63,17 +63,7 @@ def raw_ops(op: str) -> list[str]:
 def run(op: Op, args: Sequence[Any], backend: int, out: Any = None) -> Any:
     """The op on real tensors. `out` is what `alloc` would give, or None."""
     if backend == backends.CPP:
-        native: Any = backends.native
-        outs = op.alloc(*args) if out is None else out
-        flat = (outs,) if isinstance(outs, Tensor) else outs
-        if out is None:
-            for x in flat:
-                if x.nbytes >= _HUGE:
-                    native.huge_pages(x.data_ptr(), x.nbytes)
-        count = getattr(native, op.name)(*args, *[x if x.numel() else None for x in flat], torch.get_num_threads())
-        if op.judge is not None:
-            op.judge(count, *args)
-        return outs
+        return _run_native(op, args, out)
     if backend == backends.TRITON:
         from rlkern import kernels
 
@@ -84,10 +74,27 @@ def run(op: Op, args: Sequence[Any], backend: int, out: Any = None) -> Any:
         result = op.reference(*args)
     if out is None:
         return result
-    pairs = zip((out,) if isinstance(out, Tensor) else out, (result,) if isinstance(result, Tensor) else result, strict=True)
-    for target, value in pairs:
+    if isinstance(out, Tensor):
+        return out.copy_(result)
+    for target, value in zip(out, result, strict=True):
         target.copy_(value)
     return out
+
+
+def _run_native(op: Op, args: Sequence[Any], out: Any) -> Any:
+    native: Any = backends.native
+    outs = op.alloc(*args) if out is None else out
+    flat = (outs,) if isinstance(outs, Tensor) else outs
+    filled = []
+    for x in flat:
+        size = x.nbytes
+        if size >= _HUGE and out is None:
+            native.huge_pages(x.data_ptr(), size)
+        filled.append(x if size else None)
+    count = getattr(native, op.name)(*args, *filled, torch.get_num_threads())
+    if op.judge is not None:
+        op.judge(count, *args)
+    return outs
 
 
 def call(name: str, *args: Any, backend: int, out: Any = None) -> Any:
@@ -95,15 +102,11 @@ def call(name: str, *args: Any, backend: int, out: Any = None) -> Any:
 
     At small shapes the layers are the cost, not the kernel.
     """
-    if out is not None:
-        return run(OPS[name], args, backend, out)
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or not _plain(args):
+    if out is None and (
+        torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or not _PLAIN.issuperset(map(type, args))
+    ):
         return getattr(torch.ops.rlkern, name)(*args, backend)
-    return run(OPS[name], args, backend)
-
-
-def _plain(args: Sequence[Any]) -> bool:
-    return all(type(a) in _PLAIN for a in args if isinstance(a, Tensor))
+    return run(OPS[name], args, backend, out)
 
 
 def differentiate(forward: Callable[..., Any], inputs: Sequence[Tensor | None], grads: Sequence[Tensor]) -> list[Any]:

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one error budget, and what the tests of every op share: masks, shapes, ragged batches."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# (rows, tokens, why). A vector holds 4 to 16 floats.
+SHAPES: list[tuple[int, int, str]] = [
+    (0, 5, "no rows"),
+    (3, 0, "no tokens"),
+    (1, 1, "one element"),
+    (5, 1, "one column"),
+    (1, 7, "one row, less than a vector"),
+    (4, 16, "exactly one vector of 16 floats"),
+    (3, 33, "whole vectors and a ragged end"),
+    (2, 300, "past one flush of the moment lanes"),
+    (70, 65, "more rows than columns"),
+    (2, 17000, "past one fixed chunk of a row-agnostic reduction"),
+]
+
+
+def mask_kinds() -> list[torch.dtype]:
+    """Every dtype a mask may have."""
+    return [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32, torch.float64, torch.bfloat16]
+
+
+def ragged_mask(rows: int, tokens: int, holes: float = 0.0, seed: int = 0, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Lengths of 10 to 100 % of `tokens`, as a rollout has them; a share of `holes` inside, as tool turns make them."""
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(max(tokens // 10, min(1, tokens)), tokens + 1, (rows,), generator=g)
+    mask = torch.arange(tokens)[None] < lengths[:, None]
+    return (mask & (torch.rand(rows, tokens, generator=g) >= holes)).to(dtype)
+
+
+def error(value: Tensor | float, exact: Tensor | float) -> float:
+    """max |value - exact|; infinite where one is NaN (or another infinity) and the other is not. 0 if empty."""
+    a, b = (torch.as_tensor(x).detach().cpu().double() for x in (value, exact))
+    if a.shape != b.shape:
+        raise ValueError(f"rlkern.testing.error: value must have the shape of exact, {tuple(b.shape)}; got {tuple(a.shape)}.")
+    if a.numel() == 0:
+        return 0.0
+    same = (a == b) | (a.isnan() & b.isnan())
+    gap = torch.where(same, torch.zeros_like(a), (a - b).abs())
+    return float(gap.nan_to_num(nan=math.inf).max())
+
+
+def budget(framework: Tensor | float, exact: Tensor | float, dtype: torch.dtype, scale: Tensor | float) -> float:
+    """What a kernel's error may be: 2 * the framework's own error in `dtype`, plus 4 eps * scale.
+
+    `scale` is the largest sum of the absolute terms that any one result adds up.
+    """
+    own = error(framework, exact)
+    if not math.isfinite(own):
+        own = 0.0  # a framework that fails gives no room
+    largest = torch.as_tensor(scale).detach().double().abs()
+    largest = largest[largest.isfinite()]
+    return 2.0 * own + 4.0 * torch.finfo(dtype).eps * (float(largest.max()) if largest.numel() else 0.0)
+
+
+def assert_within(kernel: Tensor | float, framework: Tensor | float, exact: Tensor | float, scale: Tensor | float, what: str = "") -> None:
+    """Raise unless the kernel's error is within the budget of its own dtype."""
+    dtype = kernel.dtype if isinstance(kernel, Tensor) and kernel.is_floating_point() else torch.float64
+    allowed, found = budget(framework, exact, dtype, scale), error(kernel, exact)
+    if not found <= allowed:
+        raise AssertionError(f"{what}: error {found:.3e} against float64 is over the budget {allowed:.3e} ({dtype})")
