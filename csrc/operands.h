@@ -32,6 +32,7 @@ inline py::object call(PyObject* t, PyObject* method) {
 }
 inline int64_t int_at(const py::object& tuple, Py_ssize_t i) { return PyLong_AsLongLong(PyTuple_GET_ITEM(tuple.ptr(), i)); }
 
+// Any strides; what may not stay is the casters' to say.
 inline Operand operand_of(PyObject* t) {
   static PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
   static PyObject* stride = PyUnicode_InternFromString("stride");
@@ -48,7 +49,6 @@ inline Operand operand_of(PyObject* t) {
   x.cols = dims >= 1 ? int_at(sizes, dims - 1) : 1;
   x.row_stride = dims == 2 ? int_at(strides, 0) : 0;
   x.inner_stride = dims >= 1 && x.cols > 1 ? int_at(strides, dims - 1) : 1;
-  if (x.inner_stride != 0 && x.inner_stride != 1) throw py::value_error("rlkern._C: the inner stride must be 0 or 1");
   return x;
 }
 
@@ -97,7 +97,9 @@ template <>
 struct type_caster<rlkern::Tokens> {
   PYBIND11_TYPE_CASTER(rlkern::Tokens, const_name("Tensor | None"));
   bool load(handle h, bool) {
-    if (!h.is_none()) static_cast<rlkern::Operand&>(value) = rlkern::operand_of(h.ptr());
+    if (h.is_none()) return true;
+    static_cast<rlkern::Operand&>(value) = rlkern::operand_of(h.ptr());
+    if (value.inner_stride != 0 && value.inner_stride != 1) throw value_error("rlkern._C: the inner stride must be 0 or 1");
     return true;
   }
 };
@@ -106,11 +108,10 @@ struct type_caster<rlkern::PerRow> {
   PYBIND11_TYPE_CASTER(rlkern::PerRow, const_name("Tensor | None"));
   bool load(handle h, bool) {
     if (h.is_none()) return true;
-    static PyObject* stride = PyUnicode_InternFromString("stride");
     rlkern::Operand& x = value;
-    const object strides = rlkern::call(h.ptr(), stride);
-    x = rlkern::operand_of(PyTuple_GET_SIZE(strides.ptr()) == 1 ? h.ptr() : throw value_error("rlkern._C: one value a row must be (B,)"));
-    x.rows = x.cols, x.cols = 1, x.row_stride = rlkern::int_at(strides, 0), x.inner_stride = 0;
+    x = rlkern::operand_of(h.ptr());
+    if (x.rows != 1) throw value_error("rlkern._C: one value a row must come as (B,)");
+    x.rows = x.cols, x.cols = 1, x.row_stride = x.inner_stride, x.inner_stride = 0;
     return true;
   }
 };

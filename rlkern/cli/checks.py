@@ -16,7 +16,6 @@ from rlkern.cli.against import Formulas, plain
 from rlkern.data import RolloutBatch
 
 GAMMA, LAM = 0.99, 0.95
-MODES = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm", "token-sum")
 Outputs = dict[str, Tensor]
 
 
@@ -33,6 +32,7 @@ class Data:
     ref: Tensor | None = None
     values: Tensor | None = None
     returns: Tensor | None = None
+    vpreds: Tensor | None = None
     baselines: Tensor | None = None
 
     def to(self, dtype: torch.dtype, mask: torch.dtype) -> Data:
@@ -44,12 +44,15 @@ def data_of(batch: RolloutBatch) -> Data:
     """The batch, with advantages and returns for the losses made by the formulas in float64."""
     exact = batch.to(torch.float64, torch.int64)
     rewards, values, mask = exact.token_level_rewards, exact.values, exact.response_mask
-    returns = None if values is None else framework.gae(rewards, values, mask, GAMMA, LAM)[1]
+    returns = vpreds = None
+    if values is not None:
+        returns = framework.gae(rewards, values, mask, GAMMA, LAM)[1]
+        # a critic after a step: moved by up to 0.6, so that some predictions leave the clip range
+        vpreds = values + 0.6 * torch.sin(torch.arange(values.numel())).reshape(values.shape)
     advantages = plain()["reinforce_plus_plus_baseline"](rewards, mask, batch.uid)
+    critic = (values, returns, vpreds)
     logs = (exact.log_prob, exact.ref_log_prob)
-    return Data(
-        rewards, mask, batch.uid, exact.old_log_prob, advantages, *logs, values, returns, exact.reward_baselines
-    )
+    return Data(rewards, mask, batch.uid, exact.old_log_prob, advantages, *logs, *critic, exact.reward_baselines)
 
 
 @dataclass(frozen=True)
@@ -77,13 +80,19 @@ def rstd(x: Tensor, mask: Tensor) -> float:
     return float(torch.rsqrt(framework.masked_var(x, mask) + 1e-8))
 
 
-def _valid(x: Tensor | None, d: Data) -> Tensor:
-    assert x is not None
-    return torch.where(d.mask != 0, x, 0.0)
+def wanted(x: Tensor | None) -> Tensor:
+    """A field that `Check.needs` has made sure of."""
+    if x is None:
+        raise ValueError("rlkern.verify: the batch must have the field; got None. Name it in Check.needs.")
+    return x
+
+
+def valid(x: Tensor | None, d: Data) -> Tensor:
+    return torch.where(d.mask != 0, wanted(x), 0.0)
 
 
 def _sum_scale(d: Data) -> float:
-    return float(_valid(d.old, d).abs().sum())
+    return float(valid(d.old, d).abs().sum())
 
 
 def _mean_scale(d: Data) -> float:
@@ -94,15 +103,22 @@ def _whiten_scale(d: Data) -> float:
     return 2 * top(d.old) * rstd(d.old, d.mask)
 
 
+def _normalize_scale(d: Data) -> float:
+    """Rows whose values are all equal give 0 whatever the scale."""
+    count = d.mask.sum(-1).clamp(min=1)
+    mean = valid(d.old, d).sum(-1) / count
+    variance = valid((d.old - mean[:, None]) ** 2, d).sum(-1) / count
+    rows = variance > 1e-8
+    return top(2 * valid(d.old, d).abs().amax(-1)[rows] * variance[rows].rsqrt())
+
+
 def _gae_scale(d: Data) -> float:
-    assert d.values is not None
-    terms = d.rewards.abs() + 2 * d.values.abs()
-    return top(framework.affine_scan(torch.full_like(terms, GAMMA * LAM), terms)) + top(d.values)
+    terms = d.rewards.abs() + 2 * wanted(d.values).abs()
+    return top(framework.affine_scan(torch.full_like(terms, GAMMA * LAM), terms)) + top(wanted(d.values))
 
 
 def _gae_whiten_scale(d: Data) -> dict[str, float]:
-    assert d.values is not None
-    advantages = framework.gae(d.rewards, d.values, d.mask, GAMMA, LAM)[0]
+    advantages = framework.gae(d.rewards, wanted(d.values), d.mask, GAMMA, LAM)[0]
     return {"advantages": 2 * _gae_scale(d) * rstd(advantages, d.mask), "returns": _gae_scale(d)}
 
 
@@ -136,7 +152,7 @@ def _baseline_scale(d: Data) -> float:
 
 
 def _kl_scale(d: Data) -> float:
-    x = _valid(d.old, d) - _valid(d.ref, d)
+    x = valid(d.old, d) - valid(d.ref, d)
     return top(x.abs().clamp(max=20).exp().clamp(max=20)) + 2 * top(x)
 
 
@@ -157,8 +173,7 @@ def _kl_with_grad(kl: Callable[..., Tensor], d: Data, name: str) -> Outputs:
     leaf = d.old.detach().clone().requires_grad_()
     value = kl(leaf, d.ref, name)
     value.sum().backward()  # type: ignore[no-untyped-call,unused-ignore]
-    assert leaf.grad is not None
-    return {"kl": _valid(value.detach(), d), "d_log_prob": _valid(leaf.grad, d)}
+    return {"kl": valid(value.detach(), d), "d_log_prob": valid(leaf.grad, d)}
 
 
 def pair(result: Any) -> Outputs:
@@ -195,29 +210,31 @@ FIRST = [
     ),
 ]
 
-WHITEN = [
-    Check(
-        f"masked_{what}",
-        lambda d, what=what: {what: getattr(rlkern, f"masked_{what}")(d.old, d.mask)},  # type: ignore[misc]
-        lambda f, d, what=what: {what: f[f"masked_{what}"](d.old, d.mask)},  # type: ignore[misc]
+
+
+def _whiten_check(what: str, scale: Callable[[Data], float]) -> Check:
+    name = f"masked_{what}"
+    return Check(
+        name,
+        lambda d: {what: getattr(rlkern, name)(d.old, d.mask)},
+        lambda f, d: {what: f[name](d.old, d.mask)},
         scale,
     )
-    for what, scale in (
-        ("sum", _sum_scale),
-        ("mean", _mean_scale),
-        ("var", lambda d: 4 * top(d.old) ** 2),
-        ("whiten", _whiten_scale),
-        ("normalize", lambda d: 2 * top(d.old) * 1e4),
-    )
-]
-WHITEN.append(
+
+
+WHITEN = [
+    _whiten_check("sum", _sum_scale),
+    _whiten_check("mean", _mean_scale),
+    _whiten_check("var", lambda d: 4 * top(d.old) ** 2),
+    _whiten_check("whiten", _whiten_scale),
+    _whiten_check("normalize", _normalize_scale),
     Check(
         "masked_moments, merge, whiten_apply",
         _merged_whiten,
         lambda f, d: {"whitened": f["masked_whiten"](d.old, d.mask)},
         _whiten_scale,
-    )
-)
+    ),
+]
 
 GROUP = [
     Check(
@@ -241,31 +258,28 @@ GROUP = [
 
 
 # ---- scans ----------------------------------------------------------------------------------------------------------
-def _scan_checks() -> list[Check]:
-    checks = [
-        Check(
-            f"discounted_returns, {rule}",
-            lambda d, rule=rule: {"returns": rlkern.discounted_returns(d.rewards, d.mask, gamma=GAMMA, masked=rule)},  # type: ignore[misc]
-            lambda f, d, rule=rule: {"returns": f["discounted_returns"](d.rewards, d.mask, GAMMA, rule)},  # type: ignore[misc]
-            _returns_scale,
-        )
-        for rule in ("skip", "reset", "zero", "turn", None)
-    ]
-    checks += [
-        Check(
-            f"gae, {rule}",
-            lambda d, rule=rule: pair(rlkern.gae(d.rewards, d.values, d.mask, gamma=GAMMA, lam=LAM, masked=rule)),  # type: ignore[misc]
-            lambda f, d, rule=rule: pair(f["gae"](d.rewards, d.values, d.mask, GAMMA, LAM, rule)),  # type: ignore[misc]
-            _gae_scale,
-            ("values",),
-        )
-        for rule in ("skip", "zero", None)
-    ]
-    return checks
+def _returns_check(rule: Any) -> Check:
+    return Check(
+        f"discounted_returns, {rule}",
+        lambda d: {"returns": rlkern.discounted_returns(d.rewards, d.mask, gamma=GAMMA, masked=rule)},
+        lambda f, d: {"returns": f["discounted_returns"](d.rewards, d.mask, GAMMA, rule)},
+        _returns_scale,
+    )
+
+
+def _gae_check(rule: Any) -> Check:
+    return Check(
+        f"gae, {rule}",
+        lambda d: pair(rlkern.gae(d.rewards, wanted(d.values), d.mask, gamma=GAMMA, lam=LAM, masked=rule)),
+        lambda f, d: pair(f["gae"](d.rewards, d.values, d.mask, GAMMA, LAM, rule)),
+        _gae_scale,
+        ("values",),
+    )
 
 
 SCAN = [
-    *_scan_checks(),
+    *[_returns_check(rule) for rule in ("skip", "reset", "zero", "turn", None)],
+    *[_gae_check(rule) for rule in ("skip", "zero", None)],
     Check(
         "affine_scan, decay by token",
         lambda d: {"y": rlkern.affine_scan(d.old.exp(), d.rewards)},
@@ -274,7 +288,7 @@ SCAN = [
     ),
     Check(
         "advantages.gae (whitened)",
-        lambda d: pair(rlkern.advantages.gae(d.rewards, d.values, d.mask, GAMMA, LAM)),
+        lambda d: pair(rlkern.advantages.gae(d.rewards, wanted(d.values), d.mask, GAMMA, LAM)),
         lambda f, d: pair(f["gae_whitened"](d.rewards, d.values, d.mask, GAMMA, LAM)),
         _gae_whiten_scale,
         ("values",),
@@ -287,29 +301,32 @@ SCAN = [
     ),
     Check(
         "advantages.remax",
-        lambda d: pair(rlkern.advantages.remax(d.rewards, d.baselines, d.mask)),
+        lambda d: pair(rlkern.advantages.remax(d.rewards, wanted(d.baselines), d.mask)),
         lambda f, d: pair(f["remax"](d.rewards, d.baselines, d.mask)),
-        lambda d: 2 * top(d.rewards.abs().sum(-1)) + top(d.baselines),  # type: ignore[arg-type]
+        lambda d: 2 * top(d.rewards.abs().sum(-1)) + top(wanted(d.baselines)),
         ("baselines",),
     ),
 ]
 
-KL = [
-    Check(
+
+
+def _kl_check(name: Any) -> Check:
+    return Check(
         f"kl_penalty, {name}",
-        lambda d, name=name: _kl_with_grad(rlkern.kl_penalty, d, name),  # type: ignore[misc]
-        lambda f, d, name=name: _kl_with_grad(f["kl_penalty"], d, name),  # type: ignore[misc]
+        lambda d: _kl_with_grad(rlkern.kl_penalty, d, name),
+        lambda f, d: _kl_with_grad(f["kl_penalty"], d, name),
         _kl_scale,
         ("ref",),
     )
-    for name in ("k1", "abs", "k2", "k3", "k3+")
-]
-KL.append(
+
+
+KL = [
+    *[_kl_check(name) for name in ("k1", "abs", "k2", "k3", "k3+")],
     Check(
         "shape_rewards",
-        lambda d: {"rewards": rlkern.shape_rewards(d.rewards, d.old, d.ref, d.mask, kl_coef=0.05)},
+        lambda d: {"rewards": rlkern.shape_rewards(d.rewards, d.old, wanted(d.ref), d.mask, kl_coef=0.05)},
         lambda f, d: {"rewards": f["shape_rewards"](d.rewards, d.old, d.ref, d.mask, 0.05)},
-        lambda d: top(d.rewards) + 0.05 * (top(d.old) + top(d.ref)),  # type: ignore[arg-type]
+        lambda d: top(d.rewards) + 0.05 * (top(d.old) + top(wanted(d.ref))),
         ("ref",),
-    )
-)
+    ),
+]

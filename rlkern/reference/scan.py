@@ -7,8 +7,7 @@ is 0 nothing passes, not even a NaN.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -77,15 +76,15 @@ def affine(decay: Tensor, x: Tensor, initial: Tensor | None, reverse: bool = Tru
     return x
 
 
-def _latest(x: Tensor, live: Tensor, past_end: Tensor) -> Tensor:
-    """x of the next live token strictly to the right, `past_end` where there is none."""
+def _latest(x: Tensor, live: Tensor, past_end: Tensor, reverse: bool = True) -> Tensor:
+    """x of the next live token strictly to the right (to the left going forward), `past_end` where there is none."""
     found, value, k = live, torch.where(live, x, torch.zeros_like(x)), 1
     while k < x.shape[1]:
-        value = torch.where(found, value, _next(value, k, 0.0))
-        found = found | (_next(found.to(x.dtype), k, 0.0) != 0)
+        value = torch.where(found, value, _next(value, k, 0.0, reverse))
+        found = found | (_next(found.to(x.dtype), k, 0.0, reverse) != 0)
         k *= 2
     value = torch.where(found, value, past_end[:, None].expand_as(value))
-    return _next(value, 1, past_end)
+    return _next(value, 1, past_end, reverse)
 
 
 def _rows(cu: Tensor | None, *tensors: Tensor | None) -> list[Tensor | None]:
@@ -212,18 +211,17 @@ def discounted_returns(
 
 
 # ---- adjoints -------------------------------------------------------------------------------------------------------
-def _through(
-    forward: Callable[..., Any], grads: list[Tensor], shape_like: Tensor, bootstrap_rows: int, gae_pair: bool
-) -> tuple[Tensor, ...]:
-    """The adjoint of a linear map, by autograd of its reference at zero."""
-    dtype = _arithmetic(*grads)
-    with torch.enable_grad():
-        rewards = torch.zeros_like(shape_like, dtype=dtype, requires_grad=True)
-        values = torch.zeros_like(shape_like, dtype=dtype, requires_grad=gae_pair)
-        bootstrap = torch.zeros(bootstrap_rows, dtype=dtype, device=shape_like.device, requires_grad=True)
-        outputs = forward(rewards, values, bootstrap)
-        inputs = [rewards, values, bootstrap] if gae_pair else [rewards, bootstrap]
-        return torch.autograd.grad(outputs, inputs, [g.to(dtype) for g in grads], allow_unused=True, materialize_grads=True)
+def _adjoint(x: Tensor, live: Tensor, decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """c_t = x_t + decay c_prev over live tokens, x of other tokens flowing right into the next live one.
+
+    Returns c (0 where not live), c of the previous live token, and c of the row's last live one.
+    """
+    zero = torch.zeros_like(x.sum(1))
+    d = torch.where(live, decay, torch.ones_like(x))  # a carry decays as it leaves a live token
+    c = torch.where(live, affine(_next(d, 1, 0.0, reverse=False), x, None, reverse=False), torch.zeros_like(x))
+    edge = torch.nn.functional.pad
+    last = _latest(edge(c, (0, 1)), edge(live, (0, 1)), zero, reverse=False)[:, -1]
+    return c, _latest(c, live, zero, reverse=False), last
 
 
 def gae_bwd(
@@ -238,32 +236,47 @@ def gae_bwd(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The raw op `_gae_bwd`: (d_rewards, d_values, d_bootstrap), empty where not needed."""
-    rows = _row_count(grad_returns, cu_seqlens)
-
-    def forward(rewards: Tensor, values: Tensor, bootstrap: Tensor) -> tuple[Tensor, Tensor]:
-        return gae(rewards, values, mask, bootstrap, lam_row, None, None, cu_seqlens, masked, gamma, lam, 0.0, "none", [0.0] * 4, None, 0.0)
-
-    return _needed(_through(forward, [grad_advantages, grad_returns], grad_returns, rows, True), grad_returns, needs)  # type: ignore[return-value]
+    dtype, like = _arithmetic(grad_returns), grad_returns
+    g, h, mask = _rows(cu_seqlens, grad_advantages, grad_returns, mask)  # type: ignore[assignment]
+    g, h, inside = g.to(dtype), h.to(dtype), _inside(cu_seqlens, h)
+    valid = inside if mask is None else (mask != 0) & inside
+    live = valid if masked == "skip" else inside
+    decay = torch.full_like(h[:, :1], gamma * lam) if lam_row is None else gamma * lam_row.to(dtype)[:, None]
+    c, before, last = _adjoint(torch.where(inside, g + h, torch.zeros_like(h)), live, decay)
+    d_values = h + torch.where(live, gamma * before - c, torch.zeros_like(c))
+    if masked == "zero":
+        c, d_values = (torch.where(valid, x, torch.zeros_like(x)) for x in (c, d_values))
+    found = (_unrows(cu_seqlens, c, like), _unrows(cu_seqlens, d_values, like), gamma * last)
+    return _needed(found, like, needs)  # type: ignore[return-value]
 
 
 def discounted_returns_bwd(
     grad_returns: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, masked: str, gamma: float, needs: list[bool]
 ) -> tuple[Tensor, Tensor]:
     """The raw op `_discounted_returns_bwd`: (d_rewards, d_bootstrap), empty where not needed."""
-    rows = _row_count(grad_returns, cu_seqlens)
-
-    def forward(rewards: Tensor, values: Tensor, bootstrap: Tensor) -> Tensor:
-        return discounted_returns(rewards, mask, bootstrap, None, None, cu_seqlens, masked, gamma, 0.0, "none", [0.0] * 4, None, 0.0)[1]
-
-    return _needed(_through(forward, [grad_returns], grad_returns, rows, False), grad_returns, needs)  # type: ignore[return-value]
+    dtype, like = _arithmetic(grad_returns), grad_returns
+    x, mask = _rows(cu_seqlens, grad_returns, mask)  # type: ignore[assignment]
+    x, inside = x.to(dtype), _inside(cu_seqlens, x)
+    valid = inside if mask is None else (mask != 0) & inside
+    zero = torch.zeros_like(x)
+    if masked == "reset":  # c_t = G_t + gamma m_t c_prev, on every token
+        c = affine(torch.where(valid, zero + gamma, zero), torch.where(inside, x, zero), None, reverse=False)
+        last = torch.where(_inside_edge(inside, True), c, zero).sum(1)
+    else:
+        live = inside
+        if masked == "skip":
+            live = valid
+        elif masked == "turn":
+            live = valid & ~(_next(valid.to(dtype), 1, 0.0) != 0)
+        shown = valid if masked in ("skip", "turn") else inside
+        c, _, last = _adjoint(torch.where(shown, x, zero), live, zero[:, :1] + gamma)
+    if masked == "zero":
+        c = torch.where(valid, c, zero)
+    return _needed((_unrows(cu_seqlens, torch.where(inside, c, zero), like), gamma * last), like, needs)  # type: ignore[return-value]
 
 
 def _needed(found: Sequence[Tensor | None], like: Tensor, needs: list[bool]) -> tuple[Tensor, ...]:
     return tuple(x.to(like.dtype) if need and x is not None else like.new_empty(0) for x, need in zip(found, needs, strict=True))
-
-
-def _row_count(x: Tensor, cu: Tensor | None) -> int:
-    return cu.shape[0] - 1 if cu is not None else x.shape[0] if x.dim() == 2 else 1
 
 
 def _decay(decay: Tensor | None, decay_row: Tensor | None, value: float, x: Tensor, cu: Tensor | None) -> Tensor:

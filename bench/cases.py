@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ops of the speed table: rlkern's call, the bytes it must move, its peers, and the targets it is held to."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+import rlkern
+from rlkern.bench import peers_chunked, peers_compiled, peers_eager
+from rlkern.bench.inputs import GAMMA, LAM, Inputs
+from rlkern.bench.peers_eager import Call, Outputs
+
+FRAMEWORK = "framework"
+
+
+class Target(NamedTuple):
+    """Times the floor at (256, 2048) and (1024, 8192), and times faster than the framework and the best rival."""
+
+    middle: float | None
+    large: float | None
+    framework: float | None
+    rival: float | None
+    only: str = ""  # the rival that the last number is about; empty: the best one
+
+
+@dataclass(frozen=True)
+class Case:
+    """`bytes` per element: each input once, each output once. `compared` says which outputs are the op's answer where
+    implementations differ by design: "mask" compares inside the mask, "" everywhere."""
+
+    name: str
+    title: str
+    bytes: int
+    moved: str
+    ours: Callable[[Inputs], Any]
+    target: Target
+    compared: str = "mask"
+    peers: tuple[str, ...] = ()
+
+
+def pair(result: Any) -> Outputs:
+    return result[0], result[1]
+
+
+def _out(x: Inputs, count: int = 1) -> Any:
+    if x.out is None:
+        return None
+    return x.out[0] if count == 1 else x.out[:count]
+
+
+def _loss_and_grad(x: Inputs) -> Outputs:
+    found = rlkern.policy_loss_and_grad(
+        x.old, x.new, x.advantages, x.mask, batch_num_tokens=x.tokens, out=_out(x)
+    )
+    return found.loss, found.d_log_prob
+
+
+def _loss_by_autograd(x: Inputs) -> Outputs:
+    leaf = x.leaf
+    leaf.grad = None
+    loss = rlkern.policy_loss(x.old, leaf, x.advantages, x.mask, batch_num_tokens=x.tokens).loss
+    loss.backward()  # type: ignore[no-untyped-call,unused-ignore]
+    return loss.detach(), leaf.grad  # type: ignore[return-value]
+
+
+def _one(call: Callable[[Inputs], Tensor]) -> Call:
+    return lambda x: (call(x),)
+
+
+def _by_prompt(name: str) -> Call:
+    """Labels included: the raw uuid strings go in."""
+    return lambda x: (getattr(rlkern.advantages, name)(x.rewards, x.mask, x.uid, out=_out(x))[0],)
+
+
+R, V, M, A = "rewards 4", "values 4", "mask 8", "advantages 4"
+CASES = [
+    Case(
+        "gae_whiten",
+        "GAE + whiten",
+        24,
+        f"{R}, {V}, {M}, {A}, returns 4",
+        lambda x: pair(rlkern.advantages.gae(x.rewards, x.values, x.mask, GAMMA, LAM, out=_out(x, 2))),
+        Target(2.2, 1.6, 100, 2.5),
+    ),
+    Case(
+        "gae",
+        "GAE",
+        24,
+        f"{R}, {V}, {M}, {A}, returns 4",
+        lambda x: pair(rlkern.gae(x.rewards, x.values, x.mask, gamma=GAMMA, lam=LAM, out=_out(x, 2))),
+        Target(1.8, 1.25, None, 2.5),
+    ),
+    Case(
+        "discounted_returns",
+        "discounted returns",
+        16,
+        f"{R}, {M}, returns 4",
+        _one(lambda x: rlkern.discounted_returns(x.rewards, x.mask, gamma=GAMMA, out=_out(x))),
+        Target(2.0, 1.3, None, 4),
+    ),
+    Case(
+        "reinforce_plus_plus",
+        "REINFORCE++",
+        20,
+        f"{R}, {M}, {A}, returns 4",
+        lambda x: pair(rlkern.advantages.reinforce_plus_plus(x.rewards, x.mask, GAMMA, out=_out(x, 2))),
+        Target(2.2, 1.6, 60, 2.5),
+    ),
+    Case(
+        "masked_whiten",
+        "masked_whiten",
+        16,
+        f"{V}, {M}, whitened 4",
+        _one(lambda x: rlkern.masked_whiten(x.values, x.mask, out=_out(x))),
+        Target(1.7, 1.6, 12, 1.9),
+    ),
+    Case(
+        "policy_loss_and_grad",
+        "policy_loss_and_grad",
+        24,
+        f"old 4, log_prob 4, {A}, {M}, gradient 4",
+        _loss_and_grad,
+        Target(2.0, 1.35, 60, 3.3),
+    ),
+    Case(
+        "policy_loss",
+        "policy_loss, forward + backward by autograd",
+        24,
+        f"old 4, log_prob 4, {A}, {M}, gradient 4",
+        _loss_by_autograd,
+        Target(3.5, 2.2, 35, 2),
+    ),
+    Case(
+        "kl_k3",
+        "k3 KL",
+        12,
+        "log_prob 4, ref 4, KL 4",
+        _one(lambda x: rlkern.kl_penalty(x.old, x.ref, "k3", out=_out(x))),
+        Target(1.4, 1.15, 6.5, 1.8),
+        compared="",
+    ),
+    Case("grpo", "GRPO", 16, f"{R}, {M}, {A}", _by_prompt("grpo"), Target(1.6, 1.25, 4.2, 1.35)),
+    Case("rloo", "RLOO", 16, f"{R}, {M}, {A}", _by_prompt("rloo"), Target(1.6, 1.25, 5.5, 1.35)),
+    Case(
+        "reinforce_plus_plus_baseline",
+        "REINFORCE++-baseline",
+        16,
+        f"{R}, {M}, {A}",
+        _by_prompt("reinforce_plus_plus_baseline"),
+        Target(2.0, 1.5, 17, 2.5),
+    ),
+    Case(
+        "group_index",
+        "group_index",
+        0,
+        "uuid strings",
+        _one(lambda x: rlkern.group_index(x.uid).ids),
+        Target(None, None, 12, 2.5, "pandas.factorize"),
+        compared="partition",
+    ),
+]
+
+
+# ---- peers ----------------------------------------------------------------------------------------------------------
+def _whitened(scan: Call, whiten: Callable[[Tensor, Tensor], Tensor], masked: bool) -> Call:
+    """A rival composed from the fastest pieces: a scan, then a compiled whitening."""
+
+    def call(x: Inputs) -> Outputs:
+        found = scan(x)
+        white = whiten(found[0], x.mask)
+        return (white * x.mask if masked else white), found[-1]
+
+    return call
+
+
+def _with_numba(found: dict[str, dict[str, Call]]) -> None:
+    from rlkern.bench import peers_numba as numba
+
+    whiten = peers_compiled.whiten
+    found["gae_whiten"]["numba + compiled whiten"] = _whitened(numba.gae, whiten, False)
+    found["reinforce_plus_plus"]["numba + compiled whiten"] = _whitened(numba.discounted_returns, whiten, True)
+    found["gae"]["numba"] = numba.gae
+    found["discounted_returns"]["numba"] = numba.discounted_returns
+    found["masked_whiten"]["numba"] = numba.masked_whiten
+    found["kl_k3"]["numba"] = numba.kl
+    found["policy_loss_and_grad"]["numba"] = numba.policy_loss
+
+
+def _with_groups(found: dict[str, dict[str, Call]], formulas: peers_eager.Formulas) -> None:
+    ways = peers_eager.numberings()
+    for label, way in ways.items():
+        found["group_index"][label] = lambda x, way=way: (way(x.uid)[0],)  # type: ignore[misc]
+    fast = "pandas.factorize" if "pandas.factorize" in ways else "dict"
+    for name in ("grpo", "rloo", "reinforce_plus_plus_baseline"):
+        found[name][f"{fast} + compiled"] = peers_compiled.estimator(name, ways[fast])
+        found[name]["dict + index_add"] = peers_compiled.estimator(name, ways["dict"], eager=True)
+    for name in ("grpo", "rloo"):
+        if f"{name}_vectorized" in formulas:
+            vectorized = formulas[f"{name}_vectorized"]
+            found[name]["verl's vectorized"] = lambda x, f=vectorized: (f(x.rewards, x.mask, x.uid),)  # type: ignore[misc]
+
+
+def peers() -> tuple[dict[str, dict[str, Call]], dict[str, str]]:
+    """For each op its peers by name, the framework's path first; and what is absent, with the reason."""
+    label, formulas = peers_eager.framework()
+    found: dict[str, dict[str, Call]] = {
+        name: {FRAMEWORK: call} for name, call in peers_eager.calls(formulas).items()
+    }
+    notes = {FRAMEWORK: label}
+    whiten, chunked = peers_compiled.whiten, peers_chunked
+    found["gae_whiten"]["chunked matmul + compiled whiten"] = _whitened(chunked.gae, whiten, False)
+    found["reinforce_plus_plus"]["chunked matmul + compiled whiten"] = _whitened(chunked.discounted_returns, whiten, True)
+    for name, scan in (("gae", chunked.gae), ("discounted_returns", chunked.discounted_returns)):
+        found[name]["chunked matmul"] = scan
+    found["masked_whiten"]["compiled"] = peers_compiled.masked_whiten
+    found["kl_k3"]["compiled"] = peers_compiled.kl
+    for name in ("policy_loss", "policy_loss_and_grad"):
+        found[name]["compiled"] = peers_compiled.policy_loss
+    _with_groups(found, formulas)
+    for package in ("numba", "pandas"):
+        if importlib.util.find_spec(package) is None:
+            notes[package] = f"{package} is not installed: its peers are left out (pip install rlkern[bench])"
+    if "numba" not in notes:
+        _with_numba(found)
+    return found, notes

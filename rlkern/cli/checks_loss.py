@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The losses that `rlkern verify` compares: value, gradient and metrics. And the list of all checks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import rlkern
+from rlkern.cli import framework
+from rlkern.cli.against import Formulas
+from rlkern.cli.checks import FIRST, GROUP, KL, SCAN, WHITEN, Check, Data, Outputs, top, valid, wanted
+
+MODES = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm", "token-sum")
+CLIP_LOW, CLIP_HIGH, DUAL_CLIP, CLAMP = 0.8, 1.2, 3.0, 20.0
+
+
+def _near_clip(d: Data, eps: float) -> Tensor:
+    x = wanted(d.new) - d.old
+    near = (x.abs() - CLAMP).abs() < 8 * eps * CLAMP
+    for bound in (CLIP_LOW, CLIP_HIGH, DUAL_CLIP):
+        near |= (x.exp() - bound).abs() < 8 * eps * bound
+    return near & (d.mask != 0)
+
+
+def _near_value_clip(d: Data, eps: float) -> Tensor:
+    vpreds, values = wanted(d.vpreds), wanted(d.values)
+    scale = 1 + vpreds.abs() + values.abs() + wanted(d.returns).abs()
+    inside = vpreds.clamp(values - 0.5, values + 0.5)
+    tie = ((vpreds - wanted(d.returns)).abs() - (inside - wanted(d.returns)).abs()).abs() < 8 * eps * scale
+    return tie & ((vpreds - values).abs() > 0.5 - 8 * eps * scale) & (d.mask != 0)
+
+
+def _number(value: Any) -> Tensor:
+    return torch.as_tensor(value, dtype=torch.float64).detach()
+
+
+def _policy(result: tuple[Tensor, Any], leaf: Tensor, d: Data) -> Outputs:
+    loss, metrics = result
+    loss.backward()  # type: ignore[no-untyped-call,unused-ignore]
+    named = metrics if isinstance(metrics, dict) else metrics.as_dict()
+    found = {"loss": loss.detach(), "d_log_prob": valid(leaf.grad, d)}
+    for name in ("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower"):
+        found[name] = _number(named[name])
+    return found
+
+
+def _weights(d: Data, mode: str) -> Tensor:
+    """Each token's weight in the loss, from the aggregation's definition."""
+    one = torch.ones_like(d.old, requires_grad=True)
+    framework.aggregate(one, d.mask, mode).backward()  # type: ignore[no-untyped-call,unused-ignore]
+    return wanted(one.grad)
+
+
+def _policy_scale(mode: str) -> Any:
+    def scale(d: Data) -> dict[str, float]:
+        x = valid(wanted(d.new) - d.old, d).clamp(-CLAMP, CLAMP)
+        # an error in x is one in the ratio: relative eps * (|x| + the log-probs' own size is exact)
+        terms = valid(d.advantages, d).abs() * x.exp().clamp(max=DUAL_CLIP * 2) * (1 + x.abs())
+        weights = _weights(d, mode)
+        size = 1 + top(x)
+        found = dict.fromkeys(("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower"), size)
+        return found | {"loss": float((terms * weights).sum()), "d_log_prob": top(terms * weights)}
+
+    return scale
+
+
+def _policy_check(mode: Any, fused: bool = False) -> Check:
+    def leaf_of(d: Data) -> Tensor:
+        return wanted(d.new).detach().clone().requires_grad_()
+
+    def ours(d: Data) -> Outputs:
+        if fused:
+            result = rlkern.policy_loss_and_grad(d.old, wanted(d.new), d.advantages, d.mask, loss_agg_mode=mode)
+            named = {k: _number(v) for k, v in result.metrics.as_dict().items() if k.startswith("actor/p")}
+            return {"loss": result.loss, "d_log_prob": valid(result.d_log_prob, d)} | named
+        leaf = leaf_of(d)
+        result = rlkern.policy_loss(d.old, leaf, d.advantages, d.mask, loss_agg_mode=mode)
+        return _policy((result.loss, result.metrics), leaf, d)
+
+    def theirs(f: Formulas, d: Data) -> Outputs:
+        leaf = leaf_of(d)
+        return _policy(f["policy_loss"](d.old, leaf, d.advantages, d.mask, mode), leaf, d)
+
+    name = "policy_loss_and_grad" if fused else f"policy_loss, {mode}"
+    return Check(name, ours, theirs, _policy_scale(mode), ("new",), _near_clip)
+
+
+def _value(loss: Tensor, clipfrac: Any, leaf: Tensor, d: Data) -> Outputs:
+    loss.backward()  # type: ignore[no-untyped-call,unused-ignore]
+    return {"loss": loss.detach(), "d_vpreds": valid(leaf.grad, d), "clipfrac": _number(clipfrac)}
+
+
+def _our_value_loss(d: Data) -> Outputs:
+    leaf = wanted(d.vpreds).detach().clone().requires_grad_()
+    result = rlkern.value_loss(leaf, wanted(d.returns), wanted(d.values), d.mask)
+    named = {name.rsplit("/", 1)[-1]: value for name, value in result.metrics.as_dict().items()}
+    return _value(result.loss, next(v for k, v in named.items() if "clipfrac" in k), leaf, d)
+
+
+def _their_value_loss(f: Formulas, d: Data) -> Outputs:
+    leaf = wanted(d.vpreds).detach().clone().requires_grad_()
+    return _value(*f["value_loss"](leaf, d.returns, d.values, d.mask), leaf, d)
+
+
+def _value_scale(d: Data) -> dict[str, float]:
+    size = top(wanted(d.vpreds)) + top(wanted(d.returns)) + top(wanted(d.values)) + 0.5
+    tokens = max(float((d.mask != 0).sum()), 1.0)
+    return {"loss": size * size, "d_vpreds": size / tokens, "clipfrac": 1.0}
+
+
+def slack(check: Check, output: str, near: Tensor, d: Data) -> float:
+    """How far a fraction over tokens may move because rounding decides the side of a bound."""
+    if output.rsplit("/", 1)[-1] not in ("pg_clipfrac", "pg_clipfrac_lower", "clipfrac"):
+        return 0.0
+    tokens = float((d.mask != 0).sum())
+    return float(near.sum()) / tokens if tokens else math.inf
+
+
+LOSS = [
+    *[_policy_check(mode) for mode in MODES],
+    _policy_check("token-mean", fused=True),
+    Check("value_loss", _our_value_loss, _their_value_loss, _value_scale, ("values",), _near_value_clip),
+]
+CHECKS = [*FIRST, *WHITEN, *GROUP, *SCAN, *KL, *LOSS]
