@@ -78,6 +78,14 @@ struct AffineArgs {
   int threads;
 };
 
+// Both 64-byte aligned; whole pieces of 256 KiB are copied.
+struct CopyArgs {
+  const void* from;
+  void* to;
+  int64_t bytes;
+  int threads;
+};
+
 // y is the forward result; d_decay is per token, or (B,) summed over the row.
 struct AffineGradArgs {
   Rows rows;

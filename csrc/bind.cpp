@@ -102,6 +102,9 @@ PYBIND11_MODULE(_C, m) {
     return isa.empty() ? (chosen = widest(), true) : false;
   });
   m.def("huge_pages", [](uintptr_t address, size_t bytes) { advise_huge_pages(address, bytes); });
+  m.def("stream_copy", [](uintptr_t to, uintptr_t from, int64_t bytes, int threads) {
+    return run(&Kernels::stream_copy, CopyArgs{reinterpret_cast<const void*>(from), reinterpret_cast<void*>(to), bytes, threads});
+  });
   m.def("_gae_fwd", gae_fwd);
   m.def("_gae_bwd", gae_bwd);
   m.def("_discounted_returns_fwd", returns_fwd);

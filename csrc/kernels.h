@@ -8,7 +8,8 @@
   X(scan_fwd, ScanArgs)      \
   X(scan_bwd, ScanGradArgs)  \
   X(affine_scan, AffineArgs) \
-  X(affine_scan_bwd, AffineGradArgs)
+  X(affine_scan_bwd, AffineGradArgs) \
+  X(stream_copy, CopyArgs)
 
 #if defined(__x86_64__)
 #define RLKERN_ISAS(X) X(base) X(avx2) X(avx512)  // the widest last

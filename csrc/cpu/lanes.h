@@ -8,6 +8,9 @@
 #include "parallel.h"
 #include "simd.h"
 
+// Conversions and ragged ends stay out of line: inlined, they push a loop's constants out of the registers.
+#define RLKERN_RARE __attribute__((noinline))
+
 namespace rlkern {
 namespace RLKERN_ISA {
 
@@ -56,7 +59,7 @@ inline Vec<A> converted(const T* p, int64_t n, F f) {
   return loadu(buf);
 }
 template <class A>
-inline Vec<A> load_any(const void* data, Dtype dtype, int64_t i, int64_t n) {
+RLKERN_RARE Vec<A> load_any(const void* data, Dtype dtype, int64_t i, int64_t n) {
   auto same = [](auto v) { return v; };
   switch (dtype) {
     case Dtype::f32: return converted<A>(static_cast<const float*>(data) + i, n, same);
@@ -177,7 +180,7 @@ struct MaskRow {
   }
 
  private:
-  uint32_t any(int64_t i, int64_t n) const {
+  RLKERN_RARE uint32_t any(int64_t i, int64_t n) const {
     uint32_t m = 0;
     for (int64_t k = 0; k < n; ++k) m |= static_cast<uint32_t>(one(i + k)) << k;
     return m;
@@ -261,12 +264,15 @@ struct OutColumn {
       A* p = reinterpret_cast<A*>(data) + i;
       return stream ? stream_store(p, v) : storeu(p, v);
     }
+    put_lanes(i, n, v);
+  }
+
+ private:
+  RLKERN_RARE void put_lanes(int64_t i, int64_t n, Vec<A> v) const {
     A buf[kLanes<A>];
     storeu(buf, v);
     for (int64_t k = 0; k < n; ++k) put(i + k, buf[k]);
   }
-
- private:
   void put(int64_t i, A v) const {
     switch (dtype) {
       case Dtype::f32: reinterpret_cast<float*>(data)[i] = static_cast<float>(v); break;

@@ -26,7 +26,7 @@ struct Rewards {
   }
 
  private:
-  Vec<A> shaped(Vec<A> x, int64_t i, int64_t n, uint32_t m) const {
+  RLKERN_RARE Vec<A> shaped(Vec<A> x, int64_t i, int64_t n, uint32_t m) const {
     const Vec<A> old_lp = old_log_prob.valid(i, n, m), ref_lp = ref_log_prob.valid(i, n, m);
     const KlRange<Vec<A>> range(args.kl);
     const Vec<A> kl = with_estimator(args.kl.estimator, [&](auto e) { return kl_value<decltype(e)::value>(old_lp, ref_lp, range); });

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+# Tests, benchmarks and type checks run on the package installed into .venv, never on the checkout: the checkout's root
+# holds folders named kernels/ and bench/ that must not become importable.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+SOURCES := setup.py CMakeLists.txt README.md LICENSE $(shell find csrc rlkern kernels bench -type f ! -name '*.pyc' ! -name '*.so')
+CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+PYTEST_ARGS ?=
+ASAN := build/asan
+export PATH := $(BIN):$(PATH)
+unexport PYTHONPATH
+
+.PHONY: help run test bench lint asan sass cuda-build gpu
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+run: $(VENV)/.installed ## set up, check every op on a real rollout batch, then time it
+	$(BIN)/rlkern verify
+	$(BIN)/rlkern bench --quick
+
+test: $(VENV)/.installed ## set up and run the tests (PYTEST_ARGS="-k gae" for some)
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+bench: $(VENV)/.installed ## absolute times per op, kept in .benchmarks (for claims use: rlkern bench)
+	$(BIN)/pytest --pyargs rlkern.bench -o python_files='bench_*.py' --benchmark-autosave $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed ## ruff, clang-format, the house's bans, mypy --strict on the installed package
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+	$(BIN)/python tools/bans.py
+	cd $(VENV) && $(BIN)/mypy --strict --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p rlkern
+
+asan: $(VENV)/.installed ## the tests under AddressSanitizer and UBSan, less packaging, lint and torch.compile ones
+	rm -rf $(ASAN) build/lib*
+	RLKERN_SANITIZE=1 RLKERN_NATIVE=1 $(BIN)/pip install -q --no-build-isolation --no-deps --target $(ASAN) .
+	rm -rf build/lib*
+	PYTHONPATH=$(CURDIR)/$(ASAN) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	$(BIN)/pytest -k "not registers" --ignore tests/test_packaging.py --ignore tests/test_bans.py $(PYTEST_ARGS)
+
+sass: ## machine code of the GPU kernels (not in this release)
+	@echo "make sass: this release has no Triton or CUDA kernel whose machine code could be checked."; exit 1
+
+cuda-build: ## compile the CUDA module without a GPU (not in this release)
+	@echo "make cuda-build: this release has no csrc/cuda and no CUDA target in CMakeLists.txt."; exit 1
+
+gpu: ## the tests on a GPU (not in this release)
+	@echo "make gpu: this release has no GPU backend; on GPU tensors the ops run on the torch backend."; exit 1
+
+# Dependencies and tools. The package comes along as pure Python here: the rule below builds it with the venv's own
+# CMake and Ninja, whose objects in build/ survive, so that a changed file costs one compilation.
+$(VENV)/.tools: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	RLKERN_NATIVE=0 $(BIN)/pip install -q -c constraints.txt '.[dev]'
+	touch $@
+
+# setuptools never deletes from build/lib: a file removed from the source would stay in the package.
+$(VENV)/.installed: $(VENV)/.tools $(SOURCES)
+	rm -rf build/lib*
+	$(BIN)/pip install -q --no-build-isolation --no-deps --force-reinstall .
+	touch $@
