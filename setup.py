@@ -28,22 +28,33 @@ class CMakeBuild(build_ext):
         except (OSError, subprocess.CalledProcessError) as error:
             if NATIVE == "1":
                 raise
-            print(f"\nrlkern: the native CPU module could not be built ({error}); installing without it.\n"
-                  "rlkern: ops then run on the torch backend; `rlkern info` says so. RLKERN_NATIVE=1 makes this an error.\n",
-                  file=sys.stderr)
+            print(
+                f"\nrlkern: the native CPU module could not be built ({error}); installing without it.\n"
+                "rlkern: ops then run on the torch backend; `rlkern info` says so. RLKERN_NATIVE=1 makes this an error.\n",
+                file=sys.stderr,
+            )
 
     def _cmake(self, ext: Extension) -> None:
         import pybind11
 
         target = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
-        build = (Path(self.build_temp) / "cmake").resolve()
+        sanitize = os.environ.get("RLKERN_SANITIZE") == "1"
+        build = (Path(self.build_temp) / ("cmake-asan" if sanitize else "cmake")).resolve()
         build.mkdir(parents=True, exist_ok=True)
         target.mkdir(parents=True, exist_ok=True)
         cmake = shutil.which("cmake") or "cmake"
-        configure = [cmake, "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release",
-                     f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}",
-                     f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
-                     f"-DRLKERN_SANITIZE={'ON' if os.environ.get('RLKERN_SANITIZE') == '1' else 'OFF'}"]
+        configure = [
+            cmake,
+            "-S",
+            str(ROOT),
+            "-B",
+            str(build),
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
+            f"-DRLKERN_SANITIZE={'ON' if sanitize else 'OFF'}",
+        ]
         if shutil.which("ninja"):
             configure += ["-G", "Ninja"]
         subprocess.run(configure, check=True)

@@ -14,6 +14,7 @@ import rlkern
 from rlkern.bench import peers_chunked, peers_compiled, peers_eager
 from rlkern.bench.inputs import GAMMA, LAM, Inputs
 from rlkern.bench.peers_eager import Call, Outputs
+from rlkern.cli.against import Formulas
 
 FRAMEWORK = "framework"
 
@@ -30,8 +31,8 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """`bytes` per element: each input once, each output once. `compared` says which outputs are the op's answer where
-    implementations differ by design: "mask" compares inside the mask, "" everywhere."""
+    """`bytes` per element: each input once, each output once. `compared` says what of the outputs is compared: "mask" the
+    tokens inside it (padding differs by design), "partition" which rows share a group, "" everything."""
 
     name: str
     title: str
@@ -40,7 +41,6 @@ class Case:
     ours: Callable[[Inputs], Any]
     target: Target
     compared: str = "mask"
-    peers: tuple[str, ...] = ()
 
 
 def pair(result: Any) -> Outputs:
@@ -54,9 +54,7 @@ def _out(x: Inputs, count: int = 1) -> Any:
 
 
 def _loss_and_grad(x: Inputs) -> Outputs:
-    found = rlkern.policy_loss_and_grad(
-        x.old, x.new, x.advantages, x.mask, batch_num_tokens=x.tokens, out=_out(x)
-    )
+    found = rlkern.policy_loss_and_grad(x.old, x.new, x.advantages, x.mask, batch_num_tokens=x.tokens, out=_out(x))
     return found.loss, found.d_log_prob
 
 
@@ -191,7 +189,7 @@ def _with_numba(found: dict[str, dict[str, Call]]) -> None:
     found["policy_loss_and_grad"]["numba"] = numba.policy_loss
 
 
-def _with_groups(found: dict[str, dict[str, Call]], formulas: peers_eager.Formulas) -> None:
+def _with_groups(found: dict[str, dict[str, Call]], formulas: Formulas) -> None:
     ways = peers_eager.numberings()
     for label, way in ways.items():
         found["group_index"][label] = lambda x, way=way: (way(x.uid)[0],)  # type: ignore[misc]
@@ -208,13 +206,13 @@ def _with_groups(found: dict[str, dict[str, Call]], formulas: peers_eager.Formul
 def peers() -> tuple[dict[str, dict[str, Call]], dict[str, str]]:
     """For each op its peers by name, the framework's path first; and what is absent, with the reason."""
     label, formulas = peers_eager.framework()
-    found: dict[str, dict[str, Call]] = {
-        name: {FRAMEWORK: call} for name, call in peers_eager.calls(formulas).items()
-    }
+    found: dict[str, dict[str, Call]] = {name: {FRAMEWORK: call} for name, call in peers_eager.calls(formulas).items()}
     notes = {FRAMEWORK: label}
     whiten, chunked = peers_compiled.whiten, peers_chunked
     found["gae_whiten"]["chunked matmul + compiled whiten"] = _whitened(chunked.gae, whiten, False)
-    found["reinforce_plus_plus"]["chunked matmul + compiled whiten"] = _whitened(chunked.discounted_returns, whiten, True)
+    found["reinforce_plus_plus"]["chunked matmul + compiled whiten"] = _whitened(
+        chunked.discounted_returns, whiten, True
+    )
     for name, scan in (("gae", chunked.gae), ("discounted_returns", chunked.discounted_returns)):
         found[name]["chunked matmul"] = scan
     found["masked_whiten"]["compiled"] = peers_compiled.masked_whiten
@@ -224,7 +222,7 @@ def peers() -> tuple[dict[str, dict[str, Call]], dict[str, str]]:
     _with_groups(found, formulas)
     for package in ("numba", "pandas"):
         if importlib.util.find_spec(package) is None:
-            notes[package] = f"{package} is not installed: its peers are left out (pip install rlkern[bench])"
+            notes[package] = f"{package} is not installed: its peers are left out (pip install 'rlkern[bench]')"
     if "numba" not in notes:
         _with_numba(found)
     return found, notes

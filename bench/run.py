@@ -134,7 +134,7 @@ def _empty(case: Case, tokens: int) -> Inputs | None:
     for x in (inputs.make(0, tokens), replace(tiny, mask=torch.ones_like(tiny.mask))):
         try:
             case.ours(x)
-        except Exception:  # noqa: S112
+        except Exception:
             continue
         return x
     return None
@@ -212,4 +212,16 @@ def wrong(rows: Sequence[Row]) -> list[str]:
     return [f"{r.op} at {r.shape}: {r.problems[OURS]}" for r in rows if OURS in r.problems]
 
 
-__all__ = ["EMPTY", "FRAMEWORK", "OURS", "SHAPES", "Plan", "Row", "Shape", "batch_shape", "labels_shape", "run", "wrong"]
+__all__ = [
+    "EMPTY",
+    "FRAMEWORK",
+    "OURS",
+    "SHAPES",
+    "Plan",
+    "Row",
+    "Shape",
+    "batch_shape",
+    "labels_shape",
+    "run",
+    "wrong",
+]

@@ -27,7 +27,9 @@ class Bandwidth:
         self._source = torch.ones(COPY // 4)
         self._target = torch.empty_like(self._source)
         self._stream: Callable[..., Any] | None = getattr(backends.native, "stream_copy", None)
-        self.kind = "non-temporal copy" if self._stream else "torch copy_ (ordinary stores: no stream_copy in this build)"
+        self.kind = (
+            "non-temporal copy" if self._stream else "torch copy_ (ordinary stores: no stream_copy in this build)"
+        )
 
     def _copy(self) -> None:
         if self._stream is None:

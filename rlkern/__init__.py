@@ -4,7 +4,8 @@
 from rlkern import advantages, backends
 from rlkern.backends import BackendError, explain, use_backend
 from rlkern.data import RolloutBatch, capture, load_batch, save_batch
-from rlkern.scan import affine_scan, discounted_returns, gae
+from rlkern.affine_scan import affine_scan
+from rlkern.scan import discounted_returns, gae
 from rlkern.types import Advantages, GroupIndex, Moments
 
 __version__ = "0.1.0"

@@ -155,7 +155,9 @@ def out_tensors(op: str, out: Any, like: Tensor, dtypes: Sequence[torch.dtype], 
     for x, dtype in zip(flat, dtypes, strict=True):
         good = isinstance(x, Tensor) and x.shape == like.shape and x.dtype == dtype and x.device == like.device
         if not good or (x.dim() and x.shape[-1] > 1 and x.stride(-1) != 1):
-            raise fail(op, "out", f"be {dtype} of shape {tuple(like.shape)} with inner stride 1", describe(x), "Use torch.empty_like(result).")
+            raise fail(
+                op, "out", f"be {dtype} of shape {tuple(like.shape)} with inner stride 1", describe(x), "Use torch.empty_like(result)."
+            )
     return flat[0] if isinstance(out, Tensor) else flat
 
 

@@ -102,9 +102,7 @@ def call(name: str, *args: Any, backend: int, out: Any = None) -> Any:
 
     At small shapes the layers are the cost, not the kernel.
     """
-    if out is None and (
-        torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or not _PLAIN.issuperset(map(type, args))
-    ):
+    if out is None and (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or not _PLAIN.issuperset(map(type, args))):
         return getattr(torch.ops.rlkern, name)(*args, backend)
     return run(OPS[name], args, backend, out)
 

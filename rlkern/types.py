@@ -10,9 +10,7 @@ from torch import Tensor
 
 Masked = Literal["skip", "reset", "zero", "turn"]
 Kl = Literal["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3", "k1+", "abs+", "low_var_kl+", "k3+", "kl+", "k2+", "mse+"]
-LossAggMode = Literal[
-    "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm", "token-sum"
-]
+LossAggMode = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm", "token-sum"]
 Baseline = Literal["mean", "leave_one_out", "length_weighted"]
 Singleton = Literal["raw", "zero", "nan"]
 Backend = Literal["auto", "torch", "cpp", "triton", "cuda"]
@@ -29,7 +27,7 @@ class Advantages(NamedTuple):
 class Moments(NamedTuple):
     """Count, mean and sum of squared deviations of the valid values; 0-dim or (B,), float64 (float32 where a device has none)."""
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # the name wins over tuple.count
     mean: Tensor
     m2: Tensor
 

@@ -228,9 +228,7 @@ BAD_METADATA: list[tuple[dict[str, str | None], type[Exception], tuple[str, ...]
 
 
 @pytest.mark.parametrize(("changes", "kind", "words"), BAD_METADATA)
-def test_load_rejects_metadata(
-    tmp_path: Path, changes: dict[str, str | None], kind: type[Exception], words: tuple[str, ...]
-) -> None:
+def test_load_rejects_metadata(tmp_path: Path, changes: dict[str, str | None], kind: type[Exception], words: tuple[str, ...]) -> None:
     tensors, metadata = raw_parts()
     kept = {name: value for name, value in (metadata | changes).items() if value is not None}
     with refuses(kind, "load_batch", *words):

@@ -51,9 +51,7 @@ def test_embedded_shapes_and_labels(batch: RolloutBatch) -> None:
     assert batch.response_mask.dtype == torch.bool
     assert set(Counter(batch.uid).values()) == {8}
     assert len(set(batch.uid)) == 30
-    assert all(
-        re.fullmatch(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", u) for u in batch.uid
-    )
+    assert all(re.fullmatch(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", u) for u in batch.uid)
     neighbours = np.mean([a == b for a, b in zip(batch.uid[1:], batch.uid[:-1], strict=True)])
     assert neighbours < 0.2, "rows of a group lie side by side"
 
@@ -219,9 +217,7 @@ def test_capture_rejects(tmp_path: Path, batch: RolloutBatch) -> None:
         record(batch, old_log_probs=batch.old_log_prob, advantages=batch.old_log_prob)
     with pytest.raises(TypeError, match=r"batch must be a RolloutBatch or a mapping; got Tensor\. "):
         record(batch.old_log_prob)  # type: ignore[arg-type]
-    with pytest.raises(
-        ValueError, match=r"rlkern\.capture: token_level_rewards, .+ must be there; got only nothing\. "
-    ):
+    with pytest.raises(ValueError, match=r"rlkern\.capture: token_level_rewards, .+ must be there; got only nothing\. "):
         record()
     assert record.written == 0
     assert list((tmp_path / "run").iterdir()) == []

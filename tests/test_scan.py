@@ -22,7 +22,7 @@ GAE_RULES = ("skip", "zero", None)
 
 def golden(name):
     data = json.loads((GOLDEN / f"{name}.json").read_text())
-    return data["inputs"] if "inputs" in data else None, data
+    return data.get("inputs"), data
 
 
 def inputs(B, T, dtype=torch.float32, mask_dtype=torch.int64, seed=0):

@@ -12,7 +12,8 @@ from torch import Tensor
 import rlkern
 from rlkern.cli import framework
 from rlkern.cli.against import Formulas
-from rlkern.cli.checks import FIRST, GROUP, KL, SCAN, WHITEN, Check, Data, Outputs, top, valid, wanted
+from rlkern.cli.checks import FIRST, GROUP, KL, SCAN, WHITEN, Check, Outputs
+from rlkern.cli.fields import Data, top, valid, wanted
 
 MODES = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm", "token-sum")
 CLIP_LOW, CLIP_HIGH, DUAL_CLIP, CLAMP = 0.8, 1.2, 3.0, 20.0
@@ -103,7 +104,8 @@ def _our_value_loss(d: Data) -> Outputs:
 
 def _their_value_loss(f: Formulas, d: Data) -> Outputs:
     leaf = wanted(d.vpreds).detach().clone().requires_grad_()
-    return _value(*f["value_loss"](leaf, d.returns, d.values, d.mask), leaf, d)
+    loss, clipfrac = f["value_loss"](leaf, d.returns, d.values, d.mask)
+    return _value(loss, clipfrac, leaf, d)
 
 
 def _value_scale(d: Data) -> dict[str, float]:

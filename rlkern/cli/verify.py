@@ -9,14 +9,16 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
 import rlkern
 from rlkern import backends, testing
 from rlkern.cli import against as formulas
-from rlkern.cli.checks import Check, Data, Outputs, data_of
+from rlkern.cli.checks import Check, Outputs
 from rlkern.cli.checks_loss import CHECKS, slack
+from rlkern.cli.fields import Data, data_of
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MASKS = (torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32)
@@ -89,9 +91,11 @@ def _measure(check: Check, data: Data, backend: str, ruler: _Ruler) -> Cell:
     for name, budget in ruler.budgets.items():
         value, exact = found[name], ruler.exact[name]
         if value.shape != exact.shape:
-            return cell._replace(output=name, problem=f"{name} has shape {tuple(value.shape)}, not {tuple(exact.shape)}")
-        error = testing.error(_away(value, ruler.near), _away(exact, ruler.near))
-        new = cell._replace(output=name, error=error, budget=budget)
+            return cell._replace(
+                output=name, problem=f"{name} has shape {tuple(value.shape)}, not {tuple(exact.shape)}"
+            )
+        gap = testing.error(_away(value, ruler.near), _away(exact, ruler.near))
+        new = cell._replace(output=name, error=gap, budget=budget)
         if not worst.output or new.used > worst.used:
             worst = new
     return worst
@@ -143,7 +147,7 @@ def table(cells: Sequence[Cell], every: bool, against: str) -> Table:
         verdict = "[green]ok[/]" if cell.ok else "[red]BREACH[/]"
         name = cell.op if cell.op != last else ""
         last = cell.op
-        found.add_row(name, cell.backend, *kinds, cell.problem or cell.output, *numbers, verdict)
+        found.add_row(name, cell.backend, *kinds, escape(cell.problem or cell.output), *numbers, verdict)
     return found
 
 
