@@ -226,7 +226,7 @@ struct KeptLanes {
 // ---- writing -------------------------------------------------------------------------------------------------------
 // Streaming (non-temporal stores) pays only where the outputs would not have stayed in the cache anyway: by the bytes the
 // op touches in all. The figure is measured in docs/performance.md.
-inline bool worth_streaming(int64_t elements, int64_t bytes_per_element) { return elements * bytes_per_element > (int64_t{16} << 20); }
+inline bool worth_streaming(int64_t elements, int64_t bytes_per_element) { return elements * bytes_per_element > (int64_t{8} << 20); }
 inline void stream_fence() {
 #if defined(__SSE2__)
   _mm_sfence();

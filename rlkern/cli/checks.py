@@ -11,30 +11,16 @@ import torch
 from torch import Tensor
 
 import rlkern
-from rlkern.cli import framework
+from rlkern.cli import framework, scales
 from rlkern.cli.against import Formulas
-from rlkern.cli.fields import GAMMA, LAM, Data, top, valid, wanted
-from rlkern.cli.scales import (
-    baseline_scale,
-    gae_scale,
-    gae_whiten_scale,
-    grpo_scale,
-    kl_scale,
-    mean_scale,
-    normalize_scale,
-    returns_scale,
-    returns_whiten_scale,
-    score_scale,
-    sum_scale,
-    whiten_scale,
-)
+from rlkern.cli.fields import GAMMA, LAM, Data, valid, wanted
 
 Outputs = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Check:
-    """`scale(exact)` is the largest sum of absolute terms in each output (one number for all, or one by name).
+    """`scale(exact)` is the sum of absolute terms behind each result; verify takes each row's largest.
 
     `near` marks tokens so close to a clip bound that rounding decides the side: gradients are compared outside them, and
     each may move a fraction by one token.
@@ -43,7 +29,7 @@ class Check:
     op: str
     ours: Callable[[Data], Outputs]
     theirs: Callable[[Formulas, Data], Outputs]
-    scale: Callable[[Data], float | dict[str, float]]
+    scale: Callable[[Data], scales.Scale]
     needs: tuple[str, ...] = ()
     near: Callable[[Data, float], Tensor] | None = None
 
@@ -92,18 +78,18 @@ FIRST = [
         "REINFORCE++, reset rule (verl <= 0.8)",
         lambda d: pair(rlkern.advantages.reinforce_plus_plus(d.rewards, d.mask, GAMMA, masked="reset")),
         lambda f, d: pair(f["reinforce_plus_plus_reset"](d.rewards, d.mask, GAMMA)),
-        returns_whiten_scale("reset"),
+        scales.returns_whitened("reset"),
     ),
-    Check("GRPO, dict over prompts, std", *_advantages("grpo", *BY_PROMPT), grpo_scale),
+    Check("GRPO, dict over prompts, std", *_advantages("grpo", *BY_PROMPT), scales.grpo),
     Check(
         "REINFORCE++-baseline, batch whitening",
         *_advantages("reinforce_plus_plus_baseline", *BY_PROMPT),
-        baseline_scale,
+        scales.baseline,
     ),
 ]
 
 
-def _whiten_check(what: str, scale: Callable[[Data], float]) -> Check:
+def _whiten_check(what: str, scale: Callable[[Data], scales.Scale]) -> Check:
     name = f"masked_{what}"
     return Check(
         name,
@@ -114,16 +100,16 @@ def _whiten_check(what: str, scale: Callable[[Data], float]) -> Check:
 
 
 WHITEN = [
-    _whiten_check("sum", sum_scale),
-    _whiten_check("mean", mean_scale),
-    _whiten_check("var", lambda d: 4 * top(d.old) ** 2),
-    _whiten_check("whiten", whiten_scale),
-    _whiten_check("normalize", normalize_scale),
+    _whiten_check("sum", scales.total),
+    _whiten_check("mean", scales.mean),
+    _whiten_check("var", scales.variance),
+    _whiten_check("whiten", scales.whiten),
+    _whiten_check("normalize", scales.normalize),
     Check(
         "masked_moments, merge, whiten_apply",
         _merged_whiten,
         lambda f, d: {"whitened": f["masked_whiten"](d.old, d.mask)},
-        whiten_scale,
+        scales.whiten,
     ),
 ]
 
@@ -140,11 +126,11 @@ GROUP = [
             zip(("mean", "std"), rlkern.group_mean_std(d.rewards.sum(-1), rlkern.group_index(d.uid))[:2], strict=True)
         ),
         lambda f, d: dict(zip(("mean", "std"), f["group_mean_std"](d.rewards.sum(-1), d.uid), strict=True)),
-        score_scale,
+        scales.group_statistics,
     ),
-    Check("advantages.grpo, no std", *_advantages("grpo", *BY_PROMPT, norm_adv_by_std_in_grpo=False), score_scale),
-    Check("advantages.rloo", *_advantages("rloo", *BY_PROMPT), score_scale),
-    Check("advantages.opo", *_advantages("opo", *BY_PROMPT), score_scale),
+    Check("advantages.grpo, no std", *_advantages("grpo", *BY_PROMPT, norm_adv_by_std_in_grpo=False), scales.scores),
+    Check("advantages.rloo", *_advantages("rloo", *BY_PROMPT), scales.scores),
+    Check("advantages.opo", *_advantages("opo", *BY_PROMPT), scales.scores),
 ]
 
 
@@ -154,7 +140,7 @@ def _returns_check(rule: Any) -> Check:
         f"discounted_returns, {rule}",
         lambda d: {"returns": rlkern.discounted_returns(d.rewards, d.mask, gamma=GAMMA, masked=rule)},
         lambda f, d: {"returns": f["discounted_returns"](d.rewards, d.mask, GAMMA, rule)},
-        returns_scale,
+        scales.returns,
     )
 
 
@@ -163,7 +149,7 @@ def _gae_check(rule: Any) -> Check:
         f"gae, {rule}",
         lambda d: pair(rlkern.gae(d.rewards, wanted(d.values), d.mask, gamma=GAMMA, lam=LAM, masked=rule)),
         lambda f, d: pair(f["gae"](d.rewards, d.values, d.mask, GAMMA, LAM, rule)),
-        gae_scale,
+        scales.gae,
         ("values",),
     )
 
@@ -175,26 +161,26 @@ SCAN = [
         "affine_scan, decay by token",
         lambda d: {"y": rlkern.affine_scan(d.old.exp(), d.rewards)},
         lambda f, d: {"y": f["affine_scan"](d.old.exp(), d.rewards)},
-        lambda d: top(framework.affine_scan(d.old.exp(), d.rewards.abs())),
+        scales.decayed,
     ),
     Check(
         "advantages.gae (whitened)",
         lambda d: pair(rlkern.advantages.gae(d.rewards, wanted(d.values), d.mask, GAMMA, LAM)),
         lambda f, d: pair(f["gae_whitened"](d.rewards, d.values, d.mask, GAMMA, LAM)),
-        gae_whiten_scale,
+        scales.gae_whitened,
         ("values",),
     ),
     Check(
         "advantages.reinforce_plus_plus",
         lambda d: pair(rlkern.advantages.reinforce_plus_plus(d.rewards, d.mask, GAMMA)),
         lambda f, d: pair(f["reinforce_plus_plus"](d.rewards, d.mask, GAMMA)),
-        returns_whiten_scale("skip"),
+        scales.returns_whitened("skip"),
     ),
     Check(
         "advantages.remax",
         lambda d: pair(rlkern.advantages.remax(d.rewards, wanted(d.baselines), d.mask)),
         lambda f, d: pair(f["remax"](d.rewards, d.baselines, d.mask)),
-        lambda d: 2 * top(d.rewards.abs().sum(-1)) + top(wanted(d.baselines)),
+        scales.remax,
         ("baselines",),
     ),
 ]
@@ -205,7 +191,7 @@ def _kl_check(name: Any) -> Check:
         f"kl_penalty, {name}",
         lambda d: _kl_with_grad(rlkern.kl_penalty, d, name),
         lambda f, d: _kl_with_grad(f["kl_penalty"], d, name),
-        kl_scale,
+        scales.kl,
         ("ref",),
     )
 
@@ -216,7 +202,7 @@ KL = [
         "shape_rewards",
         lambda d: {"rewards": rlkern.shape_rewards(d.rewards, d.old, wanted(d.ref), d.mask, kl_coef=0.05)},
         lambda f, d: {"rewards": f["shape_rewards"](d.rewards, d.old, d.ref, d.mask, 0.05)},
-        lambda d: top(d.rewards) + 0.05 * (top(d.old) + top(wanted(d.ref))),
+        scales.shaped,
         ("ref",),
     ),
 ]

@@ -14,6 +14,7 @@ from rlkern.cli import framework
 from rlkern.cli.against import Formulas
 from rlkern.cli.checks import FIRST, GROUP, KL, SCAN, WHITEN, Check, Outputs
 from rlkern.cli.fields import Data, top, valid, wanted
+from rlkern.cli.scales import Scale
 
 MODES = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm", "token-sum")
 CLIP_LOW, CLIP_HIGH, DUAL_CLIP, CLAMP = 0.8, 1.2, 3.0, 20.0
@@ -57,14 +58,14 @@ def _weights(d: Data, mode: str) -> Tensor:
 
 
 def _policy_scale(mode: str) -> Any:
-    def scale(d: Data) -> dict[str, float]:
+    def scale(d: Data) -> dict[str, Scale]:
         x = valid(wanted(d.new) - d.old, d).clamp(-CLAMP, CLAMP)
         # an error in x is one in the ratio: relative eps * (|x| + the log-probs' own size is exact)
         terms = valid(d.advantages, d).abs() * x.exp().clamp(max=DUAL_CLIP * 2) * (1 + x.abs())
         weights = _weights(d, mode)
         size = 1 + top(x)
-        found = dict.fromkeys(("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower"), size)
-        return found | {"loss": float((terms * weights).sum()), "d_log_prob": top(terms * weights)}
+        found: dict[str, Scale] = dict.fromkeys(("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower"), size)
+        return found | {"loss": float((terms * weights).sum()), "d_log_prob": terms * weights}
 
     return scale
 
@@ -108,10 +109,10 @@ def _their_value_loss(f: Formulas, d: Data) -> Outputs:
     return _value(loss, clipfrac, leaf, d)
 
 
-def _value_scale(d: Data) -> dict[str, float]:
-    size = top(wanted(d.vpreds)) + top(wanted(d.returns)) + top(wanted(d.values)) + 0.5
+def _value_scale(d: Data) -> dict[str, Scale]:
+    size = valid(wanted(d.vpreds).abs() + wanted(d.returns).abs() + wanted(d.values).abs() + 0.5, d)
     tokens = max(float((d.mask != 0).sum()), 1.0)
-    return {"loss": size * size, "d_vpreds": size / tokens, "clipfrac": 1.0}
+    return {"loss": float((size * size).sum()) / tokens, "d_vpreds": size / tokens, "clipfrac": 1.0}
 
 
 def slack(check: Check, output: str, near: Tensor, d: Data) -> float:
