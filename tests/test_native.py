@@ -113,7 +113,7 @@ def test_native_reads_only(name):
 
 
 def test_native_after_fork(threads):
-    """OpenMP's threads do not exist in a forked child: a parallel region there would wait for ever."""
+    """The pool's threads do not exist in a forked child: waiting for them would be for ever."""
     threads(2)
     x = _data()
     expected = rlkern.gae(x["rewards"], x["values"], x["mask"], gamma=0.99, lam=0.95).advantages
