@@ -165,13 +165,12 @@ CASES = [
 
 
 # ---- peers ----------------------------------------------------------------------------------------------------------
-def _whitened(scan: Call, whiten: Callable[[Tensor, Tensor], Tensor], masked: bool) -> Call:
-    """A rival composed from the fastest pieces: a scan, then a compiled whitening."""
+def _whitened(scan: Call, whiten: Callable[[Tensor, Tensor], Tensor]) -> Call:
+    """A rival composed from the fastest pieces: a scan, then a whitening."""
 
     def call(x: Inputs) -> Outputs:
         found = scan(x)
-        white = whiten(found[0], x.mask)
-        return (white * x.mask if masked else white), found[-1]
+        return whiten(found[0], x.mask), found[-1]
 
     return call
 
@@ -179,9 +178,9 @@ def _whitened(scan: Call, whiten: Callable[[Tensor, Tensor], Tensor], masked: bo
 def _with_numba(found: dict[str, dict[str, Call]]) -> None:
     from rlkern.bench import peers_numba as numba
 
-    whiten = peers_compiled.whiten
-    found["gae_whiten"]["numba + compiled whiten"] = _whitened(numba.gae, whiten, False)
-    found["reinforce_plus_plus"]["numba + compiled whiten"] = _whitened(numba.discounted_returns, whiten, True)
+    found["gae_whiten"]["numba"] = _whitened(numba.gae, numba.whiten_in_place)
+    found["gae_whiten"]["numba + compiled whiten"] = _whitened(numba.gae, peers_compiled.whiten)
+    found["reinforce_plus_plus"]["numba + compiled whiten"] = _whitened(numba.discounted_returns, peers_compiled.whiten_masked)
     found["gae"]["numba"] = numba.gae
     found["discounted_returns"]["numba"] = numba.discounted_returns
     found["masked_whiten"]["numba"] = numba.masked_whiten
@@ -208,11 +207,9 @@ def peers() -> tuple[dict[str, dict[str, Call]], dict[str, str]]:
     label, formulas = peers_eager.framework()
     found: dict[str, dict[str, Call]] = {name: {FRAMEWORK: call} for name, call in peers_eager.calls(formulas).items()}
     notes = {FRAMEWORK: label}
-    whiten, chunked = peers_compiled.whiten, peers_chunked
-    found["gae_whiten"]["chunked matmul + compiled whiten"] = _whitened(chunked.gae, whiten, False)
-    found["reinforce_plus_plus"]["chunked matmul + compiled whiten"] = _whitened(
-        chunked.discounted_returns, whiten, True
-    )
+    chunked = peers_chunked
+    found["gae_whiten"]["chunked matmul + compiled whiten"] = _whitened(chunked.gae, peers_compiled.whiten)
+    found["reinforce_plus_plus"]["chunked matmul + compiled whiten"] = _whitened(chunked.discounted_returns, peers_compiled.whiten_masked)
     for name, scan in (("gae", chunked.gae), ("discounted_returns", chunked.discounted_returns)):
         found[name]["chunked matmul"] = scan
     found["masked_whiten"]["compiled"] = peers_compiled.masked_whiten

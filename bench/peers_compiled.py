@@ -26,6 +26,10 @@ def _whiten(values: Tensor, mask: Tensor) -> Tensor:
     return (values - mean) * torch.rsqrt(variance + 1e-8)
 
 
+def _whiten_masked(values: Tensor, mask: Tensor) -> Tensor:
+    return _whiten(values, mask) * mask
+
+
 def _k3(log_prob: Tensor, ref: Tensor) -> Tensor:
     d = (ref - log_prob).clamp(-20, 20)
     return (d.exp() - d - 1).clamp(-10, 10)
@@ -80,7 +84,8 @@ def _baseline(rewards: Tensor, mask: Tensor, ids: Tensor, groups: int) -> Tensor
     return ((centred - mean) * torch.rsqrt(variance + 1e-8)).unsqueeze(-1) * mask
 
 
-whiten, _k3_compiled, _loss_compiled = compiled(_whiten), compiled(_k3), compiled(_loss)
+whiten, whiten_masked = compiled(_whiten), compiled(_whiten_masked)
+_k3_compiled, _loss_compiled = compiled(_k3), compiled(_loss)
 _ESTIMATORS = {"grpo": (_grpo, compiled(_grpo)), "rloo": (_rloo, compiled(_rloo))}
 _ESTIMATORS["reinforce_plus_plus_baseline"] = (_baseline, compiled(_baseline))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,14 @@ from rlkern.bench.inputs import GAMMA, LAM, Inputs
 
 numba: Any = importlib.import_module("numba")
 prange = numba.prange
-jit = numba.njit(parallel=True)
 
 
-@jit  # type: ignore[untyped-decorator,unused-ignore]
+def jit(function: Callable[..., None]) -> Callable[..., Any]:
+    compiled: Callable[..., Any] = numba.njit(parallel=True)(function)
+    return compiled
+
+
+@jit
 def _gae(rewards: Any, values: Any, mask: Any, gamma: Any, decay: Any, advantages: Any, returns: Any) -> None:
     rows, tokens = rewards.shape
     for b in prange(rows):
@@ -34,7 +39,7 @@ def _gae(rewards: Any, values: Any, mask: Any, gamma: Any, decay: Any, advantage
             returns[b, t] = advantage + value
 
 
-@jit  # type: ignore[untyped-decorator,unused-ignore]
+@jit
 def _returns(rewards: Any, mask: Any, gamma: Any, out: Any) -> None:
     rows, tokens = rewards.shape
     for b in prange(rows):
@@ -48,7 +53,7 @@ def _returns(rewards: Any, mask: Any, gamma: Any, out: Any) -> None:
                 out[b, t] = 0
 
 
-@jit  # type: ignore[untyped-decorator,unused-ignore]
+@jit
 def _sums(values: Any, mask: Any, totals: Any) -> None:
     rows, tokens = values.shape
     for b in prange(rows):
@@ -64,7 +69,7 @@ def _sums(values: Any, mask: Any, totals: Any) -> None:
         totals[b, 2] = square
 
 
-@jit  # type: ignore[untyped-decorator,unused-ignore]
+@jit
 def _scale(values: Any, mean: Any, rstd: Any, out: Any) -> None:
     rows, tokens = values.shape
     for b in prange(rows):
@@ -72,7 +77,7 @@ def _scale(values: Any, mean: Any, rstd: Any, out: Any) -> None:
             out[b, t] = (values[b, t] - mean) * rstd
 
 
-@jit  # type: ignore[untyped-decorator,unused-ignore]
+@jit
 def _kl(log_prob: Any, ref: Any, out: Any) -> None:
     rows, tokens = log_prob.shape
     for b in prange(rows):
@@ -81,7 +86,7 @@ def _kl(log_prob: Any, ref: Any, out: Any) -> None:
             out[b, t] = min(max(math.exp(d) - d - np.float32(1), np.float32(-10)), np.float32(10))
 
 
-@jit  # type: ignore[untyped-decorator,unused-ignore]
+@jit
 def _loss(old: Any, new: Any, advantages: Any, mask: Any, weight: Any, grad: Any, totals: Any) -> None:
     rows, tokens = old.shape
     for b in prange(rows):
@@ -136,16 +141,23 @@ def discounted_returns(x: Inputs) -> tuple[Tensor, ...]:
     return out
 
 
-def masked_whiten(x: Inputs) -> tuple[Tensor, ...]:
-    out = _outputs(x, 1)
-    values, mask, target = _arrays(x.values, x.mask, *out)
+def _whiten(values: Tensor, mask: Tensor, out: Tensor) -> Tensor:
     totals = np.empty((values.shape[0], 3))
-    _sums(values, mask, totals)
+    source, valid, target = _arrays(values, mask, out)
+    _sums(source, valid, totals)
     count, total, square = totals.sum(0)
     mean = total / count
     variance = (square - total * mean) / (count - 1)
-    _scale(values, np.float32(mean), np.float32(1 / math.sqrt(variance + 1e-8)), target)
+    _scale(source, np.float32(mean), np.float32(1 / math.sqrt(variance + 1e-8)), target)
     return out
+
+
+def whiten_in_place(values: Tensor, mask: Tensor) -> Tensor:
+    return _whiten(values, mask, values)
+
+
+def masked_whiten(x: Inputs) -> tuple[Tensor, ...]:
+    return (_whiten(x.values, x.mask, _outputs(x, 1)[0]),)
 
 
 def kl(x: Inputs) -> tuple[Tensor, ...]:

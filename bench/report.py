@@ -86,9 +86,7 @@ def _peer_lines(row: Row) -> str:
         ratio = row.ratio(name)
         text = f"{name} {milliseconds(row.seconds[name])} {times(ratio)}".rstrip()
         lines.append(f"[red]{text}[/]" if ratio < 1 else text)
-    return "\n".join(
-        lines + [f"[yellow]{name}: {escape(why)}[/]" for name, why in row.problems.items() if name != OURS]
-    )
+    return "\n".join(lines + [f"[yellow]{name}: {escape(why)}[/]" for name, why in row.problems.items() if name != OURS])
 
 
 def _title(rows: Sequence[Row]) -> str:
@@ -168,10 +166,7 @@ def as_json(rows: Sequence[Row], notes: dict[str, str]) -> dict[str, Any]:
     found = []
     for row in rows:
         case: Case = CASE[row.op]
-        held = [
-            {"what": what, "reached": reached, "wanted": wanted, "hit": hit}
-            for what, reached, wanted, hit in targets(row)
-        ]
+        held = [{"what": what, "reached": reached, "wanted": wanted, "hit": hit} for what, reached, wanted, hit in targets(row)]
         ratios = {name: row.ratio(name) for name in row.seconds if name not in (OURS, EMPTY)}
         extra = {"moved": case.moved, "ratios": ratios, "targets": held, "beyond_empty": beyond_empty(row)}
         found.append(_plain(dataclasses.asdict(row) | extra))
@@ -196,9 +191,7 @@ def picture(rows: Sequence[Row], path: Path) -> None:
         axis.set_yscale("log")
         axis.set_ylabel("time / floor")
         axis.set_title(_title(group), fontsize=10)
-        axis.set_xticks(
-            range(len(group)), [CASE[row.op].title.partition(",")[0] for row in group], rotation=20, ha="right"
-        )
+        axis.set_xticks(range(len(group)), [CASE[row.op].title.partition(",")[0] for row in group], rotation=20, ha="right")
         axis.legend(fontsize=8)
     figure.suptitle(f"rlkern bench, {machine.cpu_model()}", fontsize=11)
     figure.tight_layout(rect=(0, 0, 1, 0.98))

@@ -107,9 +107,12 @@ def _error(case: Case, call: Call, exact: list[torch.Tensor], x: Inputs) -> floa
     return worst
 
 
-def _check(case: Case, candidates: dict[str, Call], x: Inputs, row: Row) -> dict[str, Call]:
+def _exact(case: Case, x: Inputs) -> list[torch.Tensor]:
+    return _answer(case, calls(plain())[case.name](x.exact()), x)
+
+
+def _check(case: Case, candidates: dict[str, Call], exact: list[torch.Tensor], x: Inputs, row: Row) -> dict[str, Call]:
     """The candidates whose answer is right; the others' reasons go into the row."""
-    exact = _answer(case, calls(plain())[case.name](x.exact()), x)
     right = {}
     for name, call in candidates.items():
         try:
@@ -185,6 +188,7 @@ def run(plan: Plan, progress: Callable[[str], Any] = lambda text: None) -> tuple
     built: tuple[Shape | None, list[Inputs]] = (None, [])
     before = torch.get_num_threads()
     copies: dict[int, timing.Bandwidth] = {}
+    answer: tuple[tuple[str, str], list[torch.Tensor]] = (("", ""), [])
     for shape, case, threads in plan.rows():
         if built[0] is not shape:
             built = (None, [])  # the last shape's memory goes first
@@ -199,7 +203,9 @@ def run(plan: Plan, progress: Callable[[str], Any] = lambda text: None) -> tuple
         row = Row(case.name, shape.label, shape.kind, threads, case.bytes, sets[0].mask.numel())
         copy = copies.setdefault(threads, timing.Bandwidth(threads))
         notes["bandwidth"] = copy.kind
-        right = _check(case, {OURS: case.ours} | found[case.name], sets[0], row)
+        if answer[0] != (shape.label, case.name):
+            answer = ((shape.label, case.name), _exact(case, sets[0]))
+        right = _check(case, {OURS: case.ours} | found[case.name], answer[1], sets[0], row)
         if right:
             _time(case, right, sets, row, plan, copy)
         rows.append(row)
@@ -209,7 +215,7 @@ def run(plan: Plan, progress: Callable[[str], Any] = lambda text: None) -> tuple
 
 def wrong(rows: Sequence[Row]) -> list[str]:
     """rlkern's own failures, a line each."""
-    return [f"{r.op} at {r.shape}: {r.problems[OURS]}" for r in rows if OURS in r.problems]
+    return list(dict.fromkeys(f"{r.op} at {r.shape}: {r.problems[OURS]}" for r in rows if OURS in r.problems))
 
 
 __all__ = [

@@ -27,9 +27,7 @@ class Bandwidth:
         self._source = torch.ones(COPY // 4)
         self._target = torch.empty_like(self._source)
         self._stream: Callable[..., Any] | None = getattr(backends.native, "stream_copy", None)
-        self.kind = (
-            "non-temporal copy" if self._stream else "torch copy_ (ordinary stores: no stream_copy in this build)"
-        )
+        self.kind = "non-temporal copy" if self._stream else "torch copy_ (ordinary stores: no stream_copy in this build)"
 
     def _copy(self) -> None:
         if self._stream is None:
@@ -84,7 +82,7 @@ Candidate = Callable[[Any], Any]
 
 def _sample(call: Candidate, sets: Sequence[Any], turn: int, inner: int, hot: bool) -> float:
     """Seconds per call, over `inner` calls on consecutive sets."""
-    if hot:
+    for _ in range(3 if hot else 0):
         call(sets[0])  # the round's own copies have emptied the caches
     chosen = [sets[(turn * inner + i) % len(sets)] for i in range(inner)]
     start = time.perf_counter()

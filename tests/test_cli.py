@@ -219,7 +219,7 @@ def test_bench_inputs_are_what_they_say() -> None:
     x = inputs.make(64, 100)
     lengths = x.mask.sum(-1)
     assert x.mask.dtype is torch.int64
-    assert 10 <= int(lengths.min())
+    assert int(lengths.min()) >= 10
     assert int(lengths.max()) <= 100
     assert sorted(np.unique(x.uid, return_counts=True)[1].tolist()) == [8] * 8
     assert float(x.rewards[x.mask == 0].abs().sum()) == 0

@@ -34,8 +34,7 @@ def main() -> None:
     missing = [name for name in ("typer", "rich") if importlib.util.find_spec(name) is None]
     if missing:
         print(
-            f"rlkern: the command line needs {' and '.join(missing)}. Run: pip install 'rlkern[cli]'. "
-            "The library itself works without.",
+            f"rlkern: the command line needs {' and '.join(missing)}. Run: pip install 'rlkern[cli]'. The library itself works without.",
             file=sys.stderr,
         )
         raise SystemExit(2)

@@ -36,9 +36,7 @@ def _chosen(ops: list[str] | None) -> list[str]:
     return wanted
 
 
-def _plan(
-    ops: list[str] | None, shape: tuple[int, int] | None, threads: int | None, batch: Path | None, quick: bool
-) -> Any:
+def _plan(ops: list[str] | None, shape: tuple[int, int] | None, threads: int | None, batch: Path | None, quick: bool) -> Any:
     from rlkern.bench import run
 
     if threads is not None and not 1 <= threads <= 1024:

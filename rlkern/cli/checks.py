@@ -122,9 +122,7 @@ GROUP = [
     ),
     Check(
         "group_mean_std",
-        lambda d: dict(
-            zip(("mean", "std"), rlkern.group_mean_std(d.rewards.sum(-1), rlkern.group_index(d.uid))[:2], strict=True)
-        ),
+        lambda d: dict(zip(("mean", "std"), rlkern.group_mean_std(d.rewards.sum(-1), rlkern.group_index(d.uid))[:2], strict=True)),
         lambda f, d: dict(zip(("mean", "std"), f["group_mean_std"](d.rewards.sum(-1), d.uid), strict=True)),
         scales.group_statistics,
     ),

@@ -35,9 +35,7 @@ def _scores_by_prompt(rewards: Tensor, index: Iterable[Hashable]) -> tuple[Tenso
     return scores, by_prompt
 
 
-def grpo(
-    rewards: Tensor, mask: Tensor, index: Iterable[Hashable], epsilon: float = 1e-6, norm_by_std: bool = True
-) -> Tensor:
+def grpo(rewards: Tensor, mask: Tensor, index: Iterable[Hashable], epsilon: float = 1e-6, norm_by_std: bool = True) -> Tensor:
     """(score - group mean) / (group std + epsilon); a prompt with one response keeps its score."""
     index = list(index)
     scores, by_prompt = _scores_by_prompt(rewards, index)
@@ -57,10 +55,7 @@ def reinforce_plus_plus_baseline(rewards: Tensor, mask: Tensor, index: Iterable[
     """Score minus group mean on every token, then whitened over the whole batch."""
     index = list(index)
     scores, by_prompt = _scores_by_prompt(rewards, index)
-    mean = {
-        label: torch.stack(group).mean() if len(group) > 1 else torch.zeros_like(group[0])
-        for label, group in by_prompt.items()
-    }
+    mean = {label: torch.stack(group).mean() if len(group) > 1 else torch.zeros_like(group[0]) for label, group in by_prompt.items()}
     centred = torch.empty_like(scores)
     for row, label in enumerate(index):
         centred[row] = scores[row] - mean[label]

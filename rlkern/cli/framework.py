@@ -50,9 +50,7 @@ def arithmetic(mask: Tensor) -> Tensor:
     return mask.to(torch.int64) if mask.dtype is torch.bool else mask
 
 
-def gae(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, masked: str | None = "skip"
-) -> tuple[Tensor, Tensor]:
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, masked: str | None = "skip") -> tuple[Tensor, Tensor]:
     """(advantages, returns). "skip" carries over masked tokens (verl), "zero" treats them as zeros (OpenRLHF)."""
     if masked == "zero":
         rewards, values = rewards * mask, values * mask

@@ -43,9 +43,7 @@ def command() -> None:
     usable = [name for name, ok in backends.native.isas().items() if ok] if backends.native is not None else []
     facts.add_row("ISA", f"{machine.isa()} chosen; usable here: {', '.join(usable) or 'none'}")
     facts.add_row("threads", f"{torch.get_num_threads()} (torch.set_num_threads)")
-    facts.add_row(
-        "backend", f"{backends.current_backend()} (RLKERN_BACKEND={os.environ.get('RLKERN_BACKEND', 'not set')})"
-    )
+    facts.add_row("backend", f"{backends.current_backend()} (RLKERN_BACKEND={os.environ.get('RLKERN_BACKEND', 'not set')})")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     facts.add_row("GPU", ", ".join(gpus) or "none that torch can see")
     out.print(facts)

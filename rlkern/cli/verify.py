@@ -149,9 +149,7 @@ def table(cells: Sequence[Cell], every: bool, against: str) -> Table:
         key = cell if every else (cell.op, cell.backend)
         if key not in shown or cell.used > shown[key].used:
             shown[key] = cell
-    title = (
-        f"|rlkern - float64| against the budget: 2 max |{against} - float64| + 4 eps (the row's largest sum of |terms|)"
-    )
+    title = f"|rlkern - float64| against the budget: 2 max |{against} - float64| + 4 eps (the row's largest sum of |terms|)"
     found = Table(title=title, title_justify="left", title_style="")
     columns = ("op", "backend", "dtype", "mask", "worst output", "error", "budget", "used", "")
     for name in columns:
@@ -167,9 +165,7 @@ def table(cells: Sequence[Cell], every: bool, against: str) -> Table:
     return found
 
 
-def verify(
-    batch: rlkern.RolloutBatch, names: Sequence[str] | None, against: str, every: bool, console: Console
-) -> bool:
+def verify(batch: rlkern.RolloutBatch, names: Sequence[str] | None, against: str, every: bool, console: Console) -> bool:
     """Run the comparison and print it; True if every cell is inside its budget."""
     chosen = list(names or default_backends())
     tokens = int((batch.response_mask != 0).sum())
@@ -188,8 +184,6 @@ def verify(
         console.print(f"not checked: {line}")
     bad = [cell for cell in cells if not cell.ok]
     console.print(
-        f"{len(cells)} comparisons, {len(bad)} outside the budget."
-        if bad
-        else f"{len(cells)} comparisons, every error inside its budget."
+        f"{len(cells)} comparisons, {len(bad)} outside the budget." if bad else f"{len(cells)} comparisons, every error inside its budget."
     )
     return not bad

@@ -26,9 +26,7 @@ def command(
         str,
         typer.Option(help="'plain': the framework's formulas restated; 'verl': the installed verl's own functions."),
     ] = "plain",
-    every: Annotated[
-        bool, typer.Option("--all", help="Show every cell, not the worst of each op and backend.")
-    ] = False,
+    every: Annotated[bool, typer.Option("--all", help="Show every cell, not the worst of each op and backend.")] = False,
 ) -> None:
     """Compare every op, dtype, mask kind and backend with float64; exit 1 if any error is over its budget."""
     from rlkern.cli.verify import verify
