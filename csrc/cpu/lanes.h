@@ -86,6 +86,11 @@ inline int64_t bytes_of(Dtype d) {
   }
 }
 
+// How a loop body reads and writes. Direct: whole vectors of the arithmetic type, without a call (a call in the loop would
+// push its carries and constants out of the registers). Any: every dtype, ragged ends.
+struct Direct {};
+struct Any {};
+
 // One row of an operand. `n` at each call: how many lanes lie inside the row; the others read as 0.
 template <class A>
 struct Column {
@@ -100,15 +105,20 @@ struct Column {
     if (per_row && rows.len(r) > 0) value = splat(load_any<A>(data, dtype, 0, 1)[0]);
   }
   explicit operator bool() const { return data != nullptr; }
+  bool direct() const { return !data || native || per_row; }
   Vec<A> operator()(int64_t i, int64_t n) const {
     if (native && !per_row && n == kLanes<A>) return loadu(reinterpret_cast<const A*>(data) + i);
     return per_row ? value : load_any<A>(data, dtype, i, n);
   }
+  Vec<A> operator()(Direct, int64_t i, int64_t) const { return per_row ? value : loadu(reinterpret_cast<const A*>(data) + i); }
+  Vec<A> operator()(Any, int64_t i, int64_t n) const { return (*this)(i, n); }
   // masked lanes as zeros; a vector without a valid lane is not read
-  Vec<A> valid(int64_t i, int64_t n, uint32_t m) const {
-    if (m == kAllLanes<A>) return (*this)(i, n);
-    return m ? blend(m, (*this)(i, n), Vec<A>{}) : Vec<A>{};
+  template <class Way>
+  Vec<A> valid(Way way, int64_t i, int64_t n, uint32_t m) const {
+    if (m == kAllLanes<A>) return (*this)(way, i, n);
+    return m ? blend(m, (*this)(way, i, n), Vec<A>{}) : Vec<A>{};
   }
+  Vec<A> valid(int64_t i, int64_t n, uint32_t m) const { return valid(Any{}, i, n, m); }
 };
 
 // The value of a per-row operand (B,).
@@ -167,6 +177,17 @@ struct MaskRow {
   bool per_row;
   MaskRow(const Operand& x, const Rows& rows, int64_t r) : data(static_cast<const char*>(x.data)), dtype(x.dtype), per_row(x.inner_stride == 0) {
     if (data) data += rows.base(x, r) * bytes_of(dtype);
+  }
+  bool direct() const { return !data || (!per_row && (dtype == Dtype::i64 || dtype == Dtype::b8 || dtype == Dtype::u8)); }
+  template <int W>
+  uint32_t lanes(Direct, int64_t i, int64_t) const {
+    if (!data) return static_cast<uint32_t>((uint64_t{1} << W) - 1);
+    if (dtype == Dtype::i64) return nonzero_lanes<W>(reinterpret_cast<const int64_t*>(data) + i);
+    return nonzero_lanes<W>(reinterpret_cast<const uint8_t*>(data) + i);
+  }
+  template <int W>
+  uint32_t lanes(Any, int64_t i, int64_t n) const {
+    return lanes<W>(i, n);
   }
   template <int W>
   uint32_t lanes(int64_t i, int64_t n) const {
@@ -258,6 +279,13 @@ struct OutColumn {
     stream = want_stream && native && reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0;
   }
   explicit operator bool() const { return data != nullptr; }
+  bool direct() const { return !data || native; }
+  void operator()(Direct, int64_t i, int64_t, Vec<A> v) const {
+    if (!data) return;
+    A* p = reinterpret_cast<A*>(data) + i;
+    stream ? stream_store(p, v) : storeu(p, v);
+  }
+  void operator()(Any, int64_t i, int64_t n, Vec<A> v) const { (*this)(i, n, v); }
   void operator()(int64_t i, int64_t n, Vec<A> v) const {
     if (!data) return;
     if (native && n == kLanes<A>) {
@@ -298,6 +326,22 @@ RLKERN_INLINE inline void for_vectors(int64_t length, F&& f) {
   } else {
     for (int64_t i = 0; i < whole; i += W) f(i, int64_t{W});
     if (whole < length) f(whole, length - whole);
+  }
+}
+
+// f(Direct, i, kLanes) for whole vectors if `direct`, f(Any, i, n) for all others: each body stands twice, no more.
+template <class A, bool Reverse, class F>
+RLKERN_INLINE inline void for_lanes(int64_t length, bool direct, F&& f) {
+  constexpr int W = kLanes<A>;
+  auto count = [length](int64_t i) { return length - i < W ? length - i : int64_t{W}; };
+  if (Reverse) {
+    int64_t i = (length + W - 1) / W * W - W;
+    for (; i >= 0 && !(direct && i + W <= length); i -= W) f(Any{}, i, count(i));
+    for (; i >= 0; i -= W) f(Direct{}, i, int64_t{W});
+  } else {
+    int64_t i = 0;
+    for (; direct && i + W <= length; i += W) f(Direct{}, i, int64_t{W});
+    for (; i < length; i += W) f(Any{}, i, count(i));
   }
 }
 

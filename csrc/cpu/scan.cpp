@@ -20,8 +20,10 @@ struct Rewards {
   Rewards(const ScanArgs& a, int64_t r)
       : reward(a.rewards, a.rows, r), old_log_prob(a.old_log_prob, a.rows, r), ref_log_prob(a.ref_log_prob, a.rows, r),
         zero(a.masked == Masked::zero), args(a) {}
-  Vec<A> operator()(int64_t i, int64_t n, uint32_t m) const {
-    const Vec<A> x = zero ? reward.valid(i, n, m) : reward(i, n);
+  bool direct() const { return reward.direct() && args.kl.estimator == Kl::none; }
+  Vec<A> operator()(Direct way, int64_t i, int64_t n, uint32_t m) const { return zero ? reward.valid(way, i, n, m) : reward(way, i, n); }
+  Vec<A> operator()(Any way, int64_t i, int64_t n, uint32_t m) const {
+    const Vec<A> x = zero ? reward.valid(way, i, n, m) : reward(way, i, n);
     return args.kl.estimator == Kl::none || m == 0 ? x : shaped(x, i, n, m);
   }
 
@@ -46,27 +48,28 @@ void gae_row(const ScanArgs& a, int64_t r, bool stream, MomentLanes<A>& moments)
   const Vec<A> gamma = splat(A(a.gamma)), zero{}, one = splat(A(1));
   const bool skip = a.masked == Masked::skip, zeroed = a.masked == Masked::zero;
   A y0 = 0, next_value = a.bootstrap ? row_value<A>(a.bootstrap, r) : A(0);
-  for_vectors<A, true>(a.rows.len(r), [&](int64_t i, int64_t n) RLKERN_INLINE {
-    const uint32_t m = mask.lanes<W>(i, n);
+  const bool direct = rewards.direct() && values.direct() && mask.direct() && advantages.direct() && returns.direct();
+  for_lanes<A, true>(a.rows.len(r), direct, [&](auto way, int64_t i, int64_t n) RLKERN_INLINE {
+    const uint32_t m = mask.template lanes<W>(way, i, n);
     const uint32_t live = skip ? m : static_cast<uint32_t>((uint64_t{1} << n) - 1);  // tokens the recurrence steps on
-    const Vec<A> v = zeroed ? values.valid(i, n, m) : values(i, n);
+    const Vec<A> v = zeroed ? values.valid(way, i, n, m) : values(way, i, n);
     Vec<A> y;
     if (live == kAllLanes<A>) {
       const Vec<A> next = shift<A, 1, true>(v, splat(next_value));
-      y = power.scan(fused(gamma, next, rewards(i, n, m)) - v, y0);
+      y = power.scan(fused(gamma, next, rewards(way, i, n, m)) - v, y0);
       next_value = v[0], y0 = y[0];
     } else if (live == 0) {
       y = splat(y0);
     } else {
       const Vec<A> latest = affine_lanes<A, true>(blend(live, zero, one), blend(live, v, zero), next_value);
       const Vec<A> next = shift<A, 1, true>(latest, splat(next_value));
-      const Vec<A> delta = fused(gamma, next, rewards(i, n, m)) - v;
+      const Vec<A> delta = fused(gamma, next, rewards(way, i, n, m)) - v;
       y = affine_lanes<A, true>(blend(live, power.g1, one), blend(live, delta, zero), y0);
       next_value = latest[0], y0 = y[0];
     }
     if (Stats) moments.add(y, m);
-    advantages(i, n, y);
-    returns(i, n, y + v);
+    advantages(way, i, n, y);
+    returns(way, i, n, y + v);
   });
 }
 
@@ -75,7 +78,7 @@ template <class A>
 struct Returns {
   const Powers<A, true>& power;
   A carry;
-  uint32_t next_bit = 0;  // turn: is the token to the right valid?
+  uint32_t next_bit;  // turn: is the token to the right valid?
 
   // skip (live = valid tokens), zero and None (live = all): identity where not live
   Vec<A> skip(Vec<A> reward, uint32_t live) {
@@ -91,14 +94,11 @@ struct Returns {
     carry = y[0];
     return blend(live, y, zero);
   }
-  // emitted everywhere, carried only out of valid tokens; serial where a cut may occur: 0 * NaN would not stop a NaN
+  // emitted everywhere, carried only out of valid tokens
   Vec<A> reset(Vec<A> reward, uint32_t m, int64_t n) {
     if (m == kAllLanes<A>) return skip(reward, m);
-    Vec<A> out{};
-    for (int64_t j = n - 1; j >= 0; --j) {
-      out[j] = Ops<A>::fused(power.g1[0], carry, reward[j]);
-      carry = m >> j & 1 ? out[j] : A(0);
-    }
+    const Vec<A> out = cut(reward, m, n, power.g1[0], carry);
+    carry = m & 1 ? out[0] : A(0);
     return out;
   }
   // one step a turn, on the reward of its last token
@@ -109,6 +109,17 @@ struct Returns {
     next_bit = m & 1, carry = y[0];
     return blend(m, y, zero);
   }
+
+ private:
+  // serial where the trace is cut: 0 * NaN would not stop a NaN
+  RLKERN_RARE static Vec<A> cut(Vec<A> reward, uint32_t m, int64_t n, A gamma, A carry) {
+    Vec<A> out{};
+    for (int64_t j = n - 1; j >= 0; --j) {
+      out[j] = Ops<A>::fused(gamma, carry, reward[j]);
+      carry = m >> j & 1 ? out[j] : A(0);
+    }
+    return out;
+  }
 };
 
 template <class A, bool Stats>
@@ -118,17 +129,23 @@ void returns_row(const ScanArgs& a, int64_t r, bool stream, MomentLanes<A>& mome
   const Rewards<A> rewards(a, r);
   const MaskRow mask(a.mask, a.rows, r);
   const OutColumn<A> returns(a.returns, a.rows, r, stream);
-  Returns<A> step{power, a.bootstrap ? row_value<A>(a.bootstrap, r) : A(0)};
-  for_vectors<A, true>(a.rows.len(r), [&](int64_t i, int64_t n) RLKERN_INLINE {
-    const uint32_t m = mask.lanes<W>(i, n), inside = static_cast<uint32_t>((uint64_t{1} << n) - 1);
-    const Vec<A> reward = rewards(i, n, m);
+  Returns<A> step{power, a.bootstrap ? row_value<A>(a.bootstrap, r) : A(0), 0};
+  const bool one_rule = a.masked != Masked::turn && a.masked != Masked::reset;  // the direct loop holds no call
+  const bool direct = one_rule && rewards.direct() && mask.direct() && returns.direct();
+  for_lanes<A, true>(a.rows.len(r), direct, [&](auto way, int64_t i, int64_t n) RLKERN_INLINE {
+    const uint32_t m = mask.template lanes<W>(way, i, n), inside = static_cast<uint32_t>((uint64_t{1} << n) - 1);
+    const Vec<A> reward = rewards(way, i, n, m);
     Vec<A> out;
-    if (a.masked == Masked::turn) out = step.turn(reward, m);
-    else if (a.masked == Masked::reset) out = step.reset(reward, m, n);
-    else out = step.skip(reward, a.masked == Masked::skip ? m : inside);
+    if constexpr (std::is_same_v<decltype(way), Direct>) {
+      out = step.skip(reward, a.masked == Masked::skip ? m : inside);
+    } else {
+      if (a.masked == Masked::turn) out = step.turn(reward, m);
+      else if (a.masked == Masked::reset) out = step.reset(reward, m, n);
+      else out = step.skip(reward, a.masked == Masked::skip ? m : inside);
+    }
     if (Stats) moments.add(out, m);
     if (kept) kept[i / W] = static_cast<uint16_t>(m);
-    returns(i, n, out);
+    returns(way, i, n, out);
   });
 }
 
@@ -139,10 +156,10 @@ void whiten_row(const ScanArgs& a, int64_t r, bool stream, const WhitenScale<Vec
   const Column<A> from(a.values ? a.advantages : a.returns, a.rows, r);
   const MaskRow mask(a.mask, a.rows, r);
   const OutColumn<A> advantages(a.advantages, a.rows, r, stream && !a.values);  // in place through the cache
-  for_vectors<A, true>(a.rows.len(r), [&](int64_t i, int64_t n) RLKERN_INLINE {
-    Vec<A> y = scale(from(i, n));
-    if (a.whiten_options.mask_output) y = blend(kept ? kept[i / W] : mask.lanes<W>(i, n), y, Vec<A>{});
-    advantages(i, n, y);
+  for_lanes<A, true>(a.rows.len(r), from.direct() && mask.direct() && advantages.direct(), [&](auto way, int64_t i, int64_t n) RLKERN_INLINE {
+    Vec<A> y = scale(from(way, i, n));
+    if (a.whiten_options.mask_output) y = blend(kept ? kept[i / W] : mask.template lanes<W>(way, i, n), y, Vec<A>{});
+    advantages(way, i, n, y);
   });
 }
 
