@@ -96,4 +96,52 @@ struct AffineGradArgs {
   int threads;
 };
 
+// Rows by group: group g holds rows order[offsets[g]], ..., order[offsets[g + 1] - 1].
+struct Groups {
+  const int64_t* order = nullptr;
+  const int64_t* offsets = nullptr;
+  int64_t count = 0;
+};
+
+// `eps` is added to the standard deviation; in group_mean_std it is the floor of the variance. `singleton`: what a group of
+// one row has for mean and deviation.
+struct GroupOptions {
+  Baseline baseline = Baseline::mean;
+  bool scale = true, unbiased = true;
+  Singleton singleton = Singleton::raw;
+  double eps = 1e-6;
+};
+
+// Scores, lengths, gradients and outputs are (B,), or (G,) for mean and std.
+struct GroupMeanStdArgs {
+  Groups groups;
+  Operand scores, mean, std;
+  GroupOptions options;
+};
+struct GroupMeanStdGradArgs {
+  Groups groups;
+  Operand scores, grad_mean, grad_std, d_scores;
+  GroupOptions options;
+};
+struct GroupNormalizeArgs {
+  Groups groups;
+  Operand scores, lengths, advantages;
+  GroupOptions options;
+};
+struct GroupNormalizeGradArgs {
+  Groups groups;
+  Operand scores, lengths, grad, d_scores;
+  GroupOptions options;
+};
+// Row sums of rewards, normalized in their groups, broadcast over the mask; whitened over all valid tokens if asked.
+struct GroupAdvantageArgs {
+  Rows rows;
+  Operand rewards, mask, advantages;
+  Groups groups;
+  GroupOptions options;
+  bool whiten;
+  WhitenOptions whiten_options;
+  int threads;
+};
+
 }  // namespace rlkern

@@ -5,6 +5,7 @@
 
 #include "cpu/parallel.h"
 #include "kernels.h"
+#include "labels.h"
 #include "operands.h"
 
 using namespace rlkern;
@@ -83,6 +84,51 @@ double affine_scan_bwd(Tokens grad, Tokens decay, PerRow decay_row, Tokens y, Pe
   return run(&Kernels::affine_scan_bwd, AffineGradArgs{rows_of(y, packed), either(decay, decay_row), y, initial, grad, d_decay, d_x, d_initial, decay_value, reverse, threads});
 }
 
+// ---- groups: `ids` serves the reference only ------------------------------------------------------------------------
+double group_mean_std_fwd(PerRow scores, py::handle, Tokens order, Tokens offsets, bool unbiased, double eps, Singleton singleton, PerRow mean, PerRow std,
+                          int) {
+  const GroupOptions options{Baseline::mean, true, unbiased, singleton, eps};
+  return run(&Kernels::group_mean_std, GroupMeanStdArgs{groups_of(order, offsets, scores.rows), scores, mean, std, options});
+}
+double group_mean_std_bwd(PerRow grad_mean, PerRow grad_std, PerRow scores, py::handle, Tokens order, Tokens offsets, bool unbiased, double eps,
+                          Singleton singleton, PerRow d_scores, int) {
+  const GroupOptions options{Baseline::mean, true, unbiased, singleton, eps};
+  return run(&Kernels::group_mean_std_bwd, GroupMeanStdGradArgs{groups_of(order, offsets, scores.rows), scores, grad_mean, grad_std, d_scores, options});
+}
+double group_normalize_fwd(PerRow scores, PerRow lengths, py::handle, Tokens order, Tokens offsets, Baseline baseline, bool scale, bool unbiased, double eps,
+                           Singleton singleton, PerRow advantages, int) {
+  const GroupOptions options{baseline, scale, unbiased, singleton, eps};
+  return run(&Kernels::group_normalize, GroupNormalizeArgs{groups_of(order, offsets, scores.rows), scores, lengths, advantages, options});
+}
+double group_normalize_bwd(PerRow grad, PerRow scores, PerRow lengths, py::handle, Tokens order, Tokens offsets, Baseline baseline, bool scale, bool unbiased,
+                           double eps, Singleton singleton, PerRow d_scores, int) {
+  const GroupOptions options{baseline, scale, unbiased, singleton, eps};
+  return run(&Kernels::group_normalize_bwd, GroupNormalizeGradArgs{groups_of(order, offsets, scores.rows), scores, lengths, grad, d_scores, options});
+}
+// Without an order `ids` are raw labels: small batches are spared the tensors of a GroupIndex.
+double group_advantage_fwd(Tokens rewards, Tokens mask, py::handle ids, std::optional<Tokens> order, Tokens offsets, Baseline baseline, bool scale, double eps,
+                           Singleton singleton, const Flags& whiten, double whiten_eps, Tokens advantages, int threads) {
+  const GroupOptions options{baseline, scale, true, singleton, eps};
+  const WhitenOptions whitening = whiten ? whiten_options(*whiten, whiten_eps) : WhitenOptions{};
+  std::vector<int64_t> memory;
+  Groups groups;
+  if (order) {
+    groups = groups_of(*order, offsets, rewards.rows);
+  } else {
+    memory.resize(static_cast<size_t>(4 * rewards.rows + 1));
+    LabelGroups found;
+    if (!group_labels(ids.ptr(), rewards.rows, memory.data(), found)) throw py::error_already_set();
+    groups = {found.order, found.offsets, found.groups};
+  }
+  return run(&Kernels::group_advantage,
+             GroupAdvantageArgs{rows_of(rewards, {}), rewards, mask, advantages, groups, options, whiten.has_value(), whitening, threads});
+}
+int64_t labels_to_ids(py::handle labels, int64_t n, uintptr_t memory) {
+  LabelGroups found;
+  if (!group_labels(labels.ptr(), n, reinterpret_cast<int64_t*>(memory), found)) throw py::error_already_set();
+  return found.groups;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -111,4 +157,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("_discounted_returns_bwd", returns_bwd);
   m.def("_affine_scan_fwd", affine_scan);
   m.def("_affine_scan_bwd", affine_scan_bwd);
+  m.def("group_labels", labels_to_ids);
+  m.def("_group_mean_std_fwd", group_mean_std_fwd);
+  m.def("_group_mean_std_bwd", group_mean_std_bwd);
+  m.def("_group_normalize_fwd", group_normalize_fwd);
+  m.def("_group_normalize_bwd", group_normalize_bwd);
+  m.def("_group_advantage_fwd", group_advantage_fwd);
 }

@@ -4,12 +4,17 @@
 #include "args.h"
 
 // X(name, argument struct). A kernel returns the mask's sum where its caller must judge it, else 0.
-#define RLKERN_KERNELS(X)    \
-  X(scan_fwd, ScanArgs)      \
-  X(scan_bwd, ScanGradArgs)  \
-  X(affine_scan, AffineArgs) \
-  X(affine_scan_bwd, AffineGradArgs) \
-  X(stream_copy, CopyArgs)
+#define RLKERN_KERNELS(X)                        \
+  X(scan_fwd, ScanArgs)                          \
+  X(scan_bwd, ScanGradArgs)                      \
+  X(affine_scan, AffineArgs)                     \
+  X(affine_scan_bwd, AffineGradArgs)             \
+  X(stream_copy, CopyArgs)                       \
+  X(group_mean_std, GroupMeanStdArgs)            \
+  X(group_mean_std_bwd, GroupMeanStdGradArgs)    \
+  X(group_normalize, GroupNormalizeArgs)         \
+  X(group_normalize_bwd, GroupNormalizeGradArgs) \
+  X(group_advantage, GroupAdvantageArgs)
 
 #if defined(__x86_64__)
 #define RLKERN_ISAS(X) X(base) X(avx2) X(avx512)  // the widest last

@@ -74,6 +74,19 @@ bool word(py::handle h, const char* const (&words)[N], E& value) {
   return false;
 }
 
+// Every number of a GroupIndex is checked: the kernels use them as addresses.
+inline Groups groups_of(const Tokens& order, const Tokens& offsets, int64_t rows) {
+  const int64_t *row = static_cast<const int64_t*>(order.data), *of = static_cast<const int64_t*>(offsets.data);
+  const int64_t groups = offsets.cols - 1;
+  bool good = order.dtype == Dtype::i64 && offsets.dtype == Dtype::i64 && order.inner_stride == 1 && offsets.inner_stride == 1 && order.rows == 1 &&
+              offsets.rows == 1 && order.cols == rows && groups >= 0 && of[0] == 0 && of[groups] == rows;
+  for (int64_t g = 0; good && g < groups; ++g) good = of[g] <= of[g + 1];
+  for (int64_t i = 0; good && i < rows; ++i) good = static_cast<uint64_t>(row[i]) < static_cast<uint64_t>(rows);
+  if (!good)
+    throw py::value_error("rlkern: index must be as rlkern.group_index made it; got order and offsets that do not fit the rows. Do not edit its tensors.");
+  return {row, of, groups};
+}
+
 // kl_penalty's name and (ratio_low, ratio_high, value_low, value_high); a trailing "+" is the straight-through form.
 inline KlOptions kl_options(const std::string& name, const std::array<double, 4>& range) {
   KlOptions o{};
@@ -129,5 +142,15 @@ template <>
 struct type_caster<rlkern::Masked> {
   PYBIND11_TYPE_CASTER(rlkern::Masked, const_name("str"));
   bool load(handle h, bool) { return rlkern::word(h, {"none", "skip", "reset", "zero", "turn"}, value); }
+};
+template <>
+struct type_caster<rlkern::Baseline> {
+  PYBIND11_TYPE_CASTER(rlkern::Baseline, const_name("str"));
+  bool load(handle h, bool) { return rlkern::word(h, {"none", "mean", "leave_one_out", "length_weighted"}, value); }
+};
+template <>
+struct type_caster<rlkern::Singleton> {
+  PYBIND11_TYPE_CASTER(rlkern::Singleton, const_name("str"));
+  bool load(handle h, bool) { return rlkern::word(h, {"raw", "zero", "nan"}, value); }
 };
 }  // namespace pybind11::detail

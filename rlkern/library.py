@@ -102,9 +102,16 @@ def call(name: str, *args: Any, backend: int, out: Any = None) -> Any:
 
     At small shapes the layers are the cost, not the kernel.
     """
-    if out is None and (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or not _PLAIN.issuperset(map(type, args))):
+    if out is None and not unheard(args):
         return getattr(torch.ops.rlkern, name)(*args, backend)
     return run(OPS[name], args, backend, out)
+
+
+def unheard(args: Sequence[Any]) -> bool:
+    """Does nobody listen to the dispatcher: no tracing, no mode, no tensor subclass?"""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    return _PLAIN.issuperset(map(type, args))
 
 
 def differentiate(forward: Callable[..., Any], inputs: Sequence[Tensor | None], grads: Sequence[Tensor]) -> list[Any]:

@@ -50,3 +50,11 @@ class GroupIndex(NamedTuple):
 
     def to(self, device: Any) -> GroupIndex:
         return GroupIndex(*(x.to(device) for x in self))
+
+
+class GroupStats(NamedTuple):
+    """Of each group: mean and standard deviation, in the dtype of the scores, and rows (int64); all (G,)."""
+
+    mean: Tensor
+    std: Tensor
+    count: Tensor  # type: ignore[assignment]  # the name wins over tuple.count
