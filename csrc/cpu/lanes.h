@@ -91,7 +91,7 @@ inline int64_t bytes_of(Dtype d) {
 struct Direct {};
 struct Any {};
 
-// One row of an operand. `n` at each call: how many lanes lie inside the row; the others read as 0.
+// One row of an operand. `n` at each call: how many lanes lie inside the row; the others read as 0, or as the row's one value.
 template <class A>
 struct Column {
   const char* data;
