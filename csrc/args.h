@@ -144,4 +144,72 @@ struct GroupAdvantageArgs {
   int threads;
 };
 
+// kl: the value; else d_log_prob and d_ref_log_prob from grad.
+struct KlArgs {
+  Operand log_prob, ref_log_prob, grad;
+  Operand kl, d_log_prob, d_ref_log_prob;
+  KlOptions options;
+  int threads;
+};
+
+// rewards - kl_coef * KL at valid tokens. per_row: one reward a row, clipped, at the last valid token.
+struct RewardArgs {
+  Rows rows;
+  Operand rewards, old_log_prob, ref_log_prob, mask, out;
+  bool per_row;
+  double kl_coef, clip_low, clip_high;
+  KlOptions options;
+  int threads;
+};
+struct RewardGradArgs {  // of per-row rewards
+  Rows rows;
+  Operand grad, rewards, mask, d_rewards;
+  double clip_low, clip_high;
+  int threads;
+};
+
+// How a loss adds up. What is local is counted by the kernel.
+struct AggOptions {
+  Agg mode;
+  double dp_size, tokens, sequences, scale;
+  bool local_tokens, local_sequences;
+};
+struct PolicyClipOptions {
+  double low, high;  // r in [1 - low, 1 + high]
+  double cap;        // dual clip: at most -A cap where A < 0; infinite = off
+  double clamp;      // |log-ratio| at most this; infinite = off
+};
+
+// Sums and maxes in the order of kPolicySums and kPolicyMaxes (rlkern/metrics.py names them). loss, sums and maxes are
+// one row each.
+enum PolicySum { kTokens, kSequences, kClipped, kClippedLower, kNegLogRatio, kPgLoss, kKlLoss, kEntropyLoss, kNonfinite, kPolicySums };
+enum PolicyMax { kRatioMax, kAbsLogRatioMax, kPolicyMaxes };
+struct PolicyLossArgs {
+  Rows rows;
+  Operand old_log_prob, log_prob, advantages, mask, weights, ref_log_prob, entropy;
+  Operand loss, sums, maxes, d_log_prob, d_entropy;
+  PolicyClipOptions clip;
+  AggOptions agg;
+  KlOptions kl;
+  double kl_coef, entropy_coeff;
+  int threads;
+};
+
+enum ValueSum { kVTokens, kVSequences, kVClipped, kVPredictions, kVLoss, kVNonfinite, kValueSums };
+enum ValueMax { kAbsErrorMax, kValueMaxes };
+struct ValueLossArgs {
+  Rows rows;
+  Operand vpreds, returns, values, mask;
+  Operand loss, sums, maxes, d_vpreds;
+  double range;  // infinite = off, values unread
+  AggOptions agg;
+  int threads;
+};
+
+// out = x * factor, 0 where x is 0; factor is one number.
+struct ScaleArgs {
+  Operand x, factor, out;
+  int threads;
+};
+
 }  // namespace rlkern

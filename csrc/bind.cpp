@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The Python module: each function takes a raw op's arguments in the order of its schema (rlkern/library.py), then its
 // outputs, then the thread count.
+#include <cmath>
+#include <limits>
 #include <string>
 
 #include "cpu/parallel.h"
@@ -129,6 +131,48 @@ int64_t labels_to_ids(py::handle labels, int64_t n, uintptr_t memory) {
   return found.groups;
 }
 
+// ---- kl ------------------------------------------------------------------------------------------------------------
+double kl_penalty_fwd(Tokens log_prob, Tokens ref_log_prob, const std::string& kl, const Range& kl_range, Tokens value, int threads) {
+  return run(&Kernels::kl, KlArgs{log_prob, ref_log_prob, Operand{}, value, Operand{}, Operand{}, kl_options(kl, kl_range), threads});
+}
+double kl_penalty_bwd(Tokens grad, Tokens log_prob, Tokens ref_log_prob, const std::string& kl, const Range& kl_range, const std::array<bool, 2>&,
+                      Tokens d_log_prob, Tokens d_ref_log_prob, int threads) {
+  return run(&Kernels::kl, KlArgs{log_prob, ref_log_prob, grad, Operand{}, d_log_prob, d_ref_log_prob, kl_options(kl, kl_range), threads});
+}
+double shape_rewards_fwd(Tokens rewards, PerRow scores, Tokens old_log_prob, Tokens ref_log_prob, Tokens mask, double kl_coef, const std::string& kl,
+                         const Range& kl_range, const std::array<double, 2>& clip, Tokens out, int threads) {
+  return run(&Kernels::shape_rewards, RewardArgs{rows_of(old_log_prob, {}), either(rewards, scores), old_log_prob, ref_log_prob, mask, out,
+                                                 static_cast<bool>(scores), kl_coef, clip[0], clip[1], kl_options(kl, kl_range), threads});
+}
+double shape_rewards_bwd(Tokens grad, PerRow scores, Tokens mask, const std::array<double, 2>& clip, PerRow d_scores, int threads) {
+  return run(&Kernels::shape_rewards_bwd, RewardGradArgs{rows_of(grad, {}), grad, scores, mask, d_scores, clip[0], clip[1], threads});
+}
+
+// ---- loss ----------------------------------------------------------------------------------------------------------
+// dp_size, batch_num_tokens, global_batch_size, loss_scale_factor: a number, NaN for the local count, -infinity where the
+// tensor of counts has it.
+AggOptions agg_options(Agg mode, std::array<double, 4> n, const PerRow& counts) {
+  const bool local_tokens = std::isnan(n[1]), local_sequences = std::isnan(n[2]);
+  for (size_t i = 0; i < n.size(); ++i)
+    if (counts && n[i] == -std::numeric_limits<double>::infinity()) n[i] = static_cast<const double*>(counts.data)[i];
+  return {mode, n[0], n[1], n[2], n[3], local_tokens, local_sequences};
+}
+double policy_loss_fwd(Tokens old_log_prob, Tokens log_prob, Tokens advantages, PerRow advantages_row, Tokens mask, Tokens weights, PerRow weights_row,
+                       Tokens ref_log_prob, Tokens entropy, PerRow counts, Packed packed, const std::array<double, 4>& clip, Agg mode,
+                       const std::array<double, 4>& numbers, const std::string& kl, const Range& kl_range, const std::array<double, 2>& coefs, py::handle,
+                       py::handle, Tokens loss, Tokens sums, Tokens maxes, Tokens d_log_prob, Tokens d_entropy, int threads) {
+  const PolicyClipOptions options{clip[0], clip[1], clip[2], clip[3]};
+  return run(&Kernels::policy_loss, PolicyLossArgs{rows_of(log_prob, packed), old_log_prob, log_prob, either(advantages, advantages_row), mask,
+                                                   either(weights, weights_row), ref_log_prob, entropy, loss, sums, maxes, d_log_prob, d_entropy, options,
+                                                   agg_options(mode, numbers, counts), kl_options(kl, kl_range), coefs[0], coefs[1], threads});
+}
+double value_loss_fwd(Tokens vpreds, Tokens returns, Tokens values, Tokens mask, PerRow counts, Packed packed, double range, Agg mode,
+                      const std::array<double, 4>& numbers, py::handle, py::handle, Tokens loss, Tokens sums, Tokens maxes, Tokens d_vpreds, int threads) {
+  return run(&Kernels::value_loss, ValueLossArgs{rows_of(vpreds, packed), vpreds, returns, values, mask, loss, sums, maxes, d_vpreds, range,
+                                                 agg_options(mode, numbers, counts), threads});
+}
+double scale_fwd(Tokens x, Tokens factor, py::handle, Tokens out, int threads) { return run(&Kernels::scale, ScaleArgs{x, factor, out, threads}); }
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -163,4 +207,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("_group_normalize_fwd", group_normalize_fwd);
   m.def("_group_normalize_bwd", group_normalize_bwd);
   m.def("_group_advantage_fwd", group_advantage_fwd);
+  m.def("_kl_penalty_fwd", kl_penalty_fwd);
+  m.def("_kl_penalty_bwd", kl_penalty_bwd);
+  m.def("_shape_rewards_fwd", shape_rewards_fwd);
+  m.def("_shape_rewards_bwd", shape_rewards_bwd);
+  m.def("_policy_loss_fwd", policy_loss_fwd);
+  m.def("_value_loss_fwd", value_loss_fwd);
+  m.def("_scale_fwd", scale_fwd);
 }

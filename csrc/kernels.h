@@ -14,7 +14,13 @@
   X(group_mean_std_bwd, GroupMeanStdGradArgs)    \
   X(group_normalize, GroupNormalizeArgs)         \
   X(group_normalize_bwd, GroupNormalizeGradArgs) \
-  X(group_advantage, GroupAdvantageArgs)
+  X(group_advantage, GroupAdvantageArgs)         \
+  X(kl, KlArgs)                                  \
+  X(shape_rewards, RewardArgs)                   \
+  X(shape_rewards_bwd, RewardGradArgs)           \
+  X(policy_loss, PolicyLossArgs)                 \
+  X(value_loss, ValueLossArgs)                   \
+  X(scale, ScaleArgs)
 
 #if defined(__x86_64__)
 #define RLKERN_ISAS(X) X(base) X(avx2) X(avx512)  // the widest last

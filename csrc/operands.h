@@ -153,4 +153,11 @@ struct type_caster<rlkern::Singleton> {
   PYBIND11_TYPE_CASTER(rlkern::Singleton, const_name("str"));
   bool load(handle h, bool) { return rlkern::word(h, {"raw", "zero", "nan"}, value); }
 };
+template <>
+struct type_caster<rlkern::Agg> {
+  PYBIND11_TYPE_CASTER(rlkern::Agg, const_name("str"));
+  bool load(handle h, bool) {
+    return rlkern::word(h, {"token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm", "token-sum"}, value);
+  }
+};
 }  // namespace pybind11::detail

@@ -6,9 +6,13 @@ from rlkern.affine_scan import affine_scan
 from rlkern.backends import BackendError, explain, use_backend
 from rlkern.data import RolloutBatch, capture, load_batch, save_batch
 from rlkern.group import group_mean_std, group_normalize
+from rlkern.kl import kl_penalty, shape_rewards
 from rlkern.labels import group_index
+from rlkern.loss import policy_loss, policy_loss_and_grad
+from rlkern.metrics import Metrics, PolicyLoss, PolicyLossAndGrad, ValueLoss
 from rlkern.scan import discounted_returns, gae
 from rlkern.types import Advantages, GroupIndex, GroupStats, Moments
+from rlkern.value_loss import value_loss
 
 __version__ = "0.1.0"
 __all__ = [
@@ -16,8 +20,12 @@ __all__ = [
     "BackendError",
     "GroupIndex",
     "GroupStats",
+    "Metrics",
     "Moments",
+    "PolicyLoss",
+    "PolicyLossAndGrad",
     "RolloutBatch",
+    "ValueLoss",
     "advantages",
     "affine_scan",
     "capture",
@@ -27,9 +35,14 @@ __all__ = [
     "group_index",
     "group_mean_std",
     "group_normalize",
+    "kl_penalty",
     "load_batch",
+    "policy_loss",
+    "policy_loss_and_grad",
     "save_batch",
+    "shape_rewards",
     "use_backend",
+    "value_loss",
 ]
 
 backends.environment_backend()

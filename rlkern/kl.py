@@ -4,8 +4,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
-from rlkern import check
+import torch
+from torch import Tensor
+
+from rlkern import check, library
+from rlkern.backends import pick
+from rlkern.reference import kl as reference
+from rlkern.types import Kl
 
 _ESTIMATORS = {"kl": "k1", "k1": "k1", "abs": "abs", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3"}
 KL_NAMES = tuple(_ESTIMATORS) + tuple(f"{name}+" for name in _ESTIMATORS)
@@ -31,3 +38,240 @@ def estimator(
             raise check.fail(op, argument, "be (low, high) with low <= high, or None", given, "None means no clamp.")
         clamps += [float(low), float(high)]
     return name + ("+" if kl_penalty.endswith("+") and name != "k2" else ""), clamps
+
+
+# ---- raw ops --------------------------------------------------------------------------------------------------------
+def _value_alloc(log_prob: Tensor, ref_log_prob: Tensor, *rest: Any) -> Tensor:
+    return log_prob.new_empty(log_prob.shape, dtype=torch.promote_types(log_prob.dtype, ref_log_prob.dtype))
+
+
+def _grad_alloc(grad: Tensor, log_prob: Tensor, ref_log_prob: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    needs = rest[-1]
+    d_log_prob = log_prob.new_empty(log_prob.shape if needs[0] else (0,))
+    return d_log_prob, ref_log_prob.new_empty(log_prob.shape if needs[1] else (0,))
+
+
+def _reward_alloc(rewards: Tensor | None, scores: Tensor | None, old: Tensor, ref: Tensor, mask: Tensor, *rest: Any) -> Tensor:
+    return old.new_empty(old.shape, dtype=check.result_dtype(old, ref, rewards, scores, mask))
+
+
+library.define(
+    "_kl_penalty_fwd",
+    "(Tensor log_prob, Tensor ref_log_prob, str kl, float[] kl_range) -> Tensor",
+    _value_alloc,
+    reference.kl_penalty,
+)
+library.define(
+    "_kl_penalty_bwd",
+    "(Tensor grad, Tensor log_prob, Tensor ref_log_prob, str kl, float[] kl_range, bool[] needs) -> (Tensor, Tensor)",
+    _grad_alloc,
+    reference.kl_penalty_bwd,
+)
+library.define(
+    "_shape_rewards_fwd",
+    "(Tensor? rewards, Tensor? scores, Tensor old_log_prob, Tensor ref_log_prob, Tensor mask, float kl_coef, str kl,"
+    " float[] kl_range, float[] clip) -> Tensor",
+    _reward_alloc,
+    reference.shape_rewards,
+)
+library.define(
+    "_shape_rewards_bwd",
+    "(Tensor grad, Tensor scores, Tensor mask, float[] clip) -> Tensor",
+    lambda grad, scores, *rest: scores.new_empty(scores.shape),
+    reference.shape_rewards_bwd,
+)
+
+
+# ---- autograd -------------------------------------------------------------------------------------------------------
+class _KlPenalty(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, log_prob: Tensor, ref_log_prob: Tensor, kl: str, kl_range: list[float], backend: int) -> Tensor:
+        ctx.rest = (kl, kl_range, backend)
+        ctx.save_for_backward(log_prob, ref_log_prob)
+        value: Tensor = library.call("_kl_penalty_fwd", log_prob, ref_log_prob, kl, kl_range, backend=backend)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        log_prob, ref_log_prob = ctx.saved_tensors
+        kl, kl_range, backend = ctx.rest
+        needs = list(ctx.needs_input_grad[:2])
+        if library.wants_double_backward(grad, log_prob, ref_log_prob):
+
+            def forward(log_prob: Tensor, ref_log_prob: Tensor) -> Tensor:
+                return reference.kl_smooth(log_prob, ref_log_prob, kl, kl_range)
+
+            return (*library.differentiate(forward, (log_prob, ref_log_prob), (grad,)), None, None, None)
+        args = (check.inner(grad), log_prob, ref_log_prob, kl, kl_range, needs)
+        found = library.call("_kl_penalty_bwd", *args, backend=backend)
+        return (*[x if need else None for x, need in zip(found, needs, strict=True)], None, None, None)
+
+
+class _ShapeRewards(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rewards: Tensor | None, scores: Tensor | None, *rest: Any) -> Tensor:
+        old, ref, mask, kl_coef, kl, kl_range, clip, backend = rest
+        ctx.rest = (clip, backend, None if rewards is None else rewards.dtype)
+        ctx.save_for_backward(scores, mask)
+        args = (rewards, scores, old, ref, mask, kl_coef, kl, kl_range, clip)
+        out: Tensor = library.call("_shape_rewards_fwd", *args, backend=backend)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        scores, mask = ctx.saved_tensors
+        clip, backend, dtype = ctx.rest
+        if dtype is not None:
+            return (grad.to(dtype), *[None] * 9)
+        if library.wants_double_backward(grad):
+            return (None, reference.shape_rewards_bwd(grad, scores, mask, clip), *[None] * 8)
+        return (None, library.call("_shape_rewards_bwd", check.inner(grad), scores, mask, clip, backend=backend), *[None] * 8)
+
+
+# ---- public ops -----------------------------------------------------------------------------------------------------
+def kl_penalty(
+    log_prob: Tensor,
+    ref_log_prob: Tensor,
+    kl_penalty: Kl = "kl",
+    *,
+    log_ratio_range: Range | str = "verl",
+    value_range: Range | str = "verl",
+    out: Tensor | None = None,
+) -> Tensor:
+    r"""The KL divergence from the reference policy, estimated per token.
+
+    With d = ref_log_prob - log_prob, clamped to log_ratio_range: "kl" = "k1": -d; "abs": |d|; "mse" = "k2": d^2 / 2;
+    "low_var_kl" = "k3": exp(d) - 1 - d. The value is clamped to value_range.
+
+    Args:
+        log_prob: any shape, floating point, nats; every position is read, there is no mask.
+        ref_log_prob: like log_prob.
+        kl_penalty: the estimator; with "+" (straight-through) it has the value of the estimator and the gradient of k2.
+        log_ratio_range: (low, high) for d, None for no clamp, "verl": (-20, 20) for k3, else none.
+        value_range: (low, high) for the value, None for no clamp, "verl": (-10, 10) for k3, else none.
+        out: a tensor to write into; not with inputs that require grad.
+
+    Returns:
+        Tensor like log_prob, in the promoted dtype of both.
+
+    Gradient:
+        To log_prob and ref_log_prob (the negative), each in its own dtype. A clamp passes gradient on its closed interval.
+
+    Numerics:
+        Arithmetic in float32 (float64 for float64). k3 does not cancel near d = 0: it keeps its relative accuracy where
+        exp(d) - d - 1 in float32 has none. A NaN shows in the value and in the gradient (torch.clamp's would be 0).
+
+    Raises:
+        ValueError, TypeError: an unknown estimator; shapes, dtypes or ranges that do not fit.
+
+    Example:
+        >>> log_prob, ref_log_prob = torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -2.0])
+        >>> rlkern.kl_penalty(log_prob, ref_log_prob), rlkern.kl_penalty(log_prob, ref_log_prob, "k3")
+        (tensor([0.5000, 0.0000]), tensor([0.1065, 0.0000]))
+
+    Source:
+        Schulman 2020, "Approximating KL divergence"; verl kl_penalty. OpenRLHF compute_approx_kl: k3 with
+        log_ratio_range=(-math.inf, 10), value_range=(-10, 10).
+    """
+    op = "kl_penalty"
+    check.no_transforms(op, log_prob)
+    if not isinstance(log_prob, Tensor):
+        raise check.fail(op, "log_prob", "be a torch.Tensor", check.describe(log_prob), "Convert it with torch.as_tensor.", TypeError)
+    log_prob, ref_log_prob = check.tensors(op, log_prob, log_prob=log_prob, ref_log_prob=ref_log_prob)
+    kl, kl_range = estimator(op, kl_penalty, log_ratio_range, value_range)
+    grad = check.wants_grad(log_prob, ref_log_prob)
+    backend = pick("_kl_penalty_fwd", log_prob)
+    if out is not None:
+        out = check.out_tensors(op, out, log_prob, [torch.promote_types(log_prob.dtype, ref_log_prob.dtype)], grad)
+    shape = log_prob.shape
+    if len(shape) not in (1, 2):
+        log_prob, ref_log_prob = log_prob.reshape(-1), ref_log_prob.reshape(-1)
+    if grad:
+        flat: Tensor = _KlPenalty.apply(log_prob, ref_log_prob, kl, kl_range, backend)  # type: ignore[no-untyped-call]
+        return flat if flat.shape == shape else flat.view(shape)
+    direct = out is None or out.shape == log_prob.shape
+    value: Tensor = library.call("_kl_penalty_fwd", log_prob, ref_log_prob, kl, kl_range, backend=backend, out=out if direct else None)
+    if out is not None:
+        return value if direct else out.copy_(value.view(shape))
+    return value if value.shape == shape else value.view(shape)
+
+
+def shape_rewards(
+    rewards: Tensor,
+    old_log_prob: Tensor,
+    ref_log_prob: Tensor,
+    mask: Tensor,
+    *,
+    kl_coef: float,
+    kl_penalty: Kl = "kl",
+    log_ratio_range: Range | str = "verl",
+    value_range: Range | str = "verl",
+    reward_clip: tuple[float, float] | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    r"""Rewards per token with the KL penalty in them.
+
+    Rewards (B, T): R_t - kl_coef * KL_t at valid tokens, R_t elsewhere. Rewards (B,): -kl_coef * KL_t at valid tokens, 0
+    elsewhere, plus the row's reward, clipped, at its last valid token (the last column where a row has none).
+
+    Args:
+        rewards: (B, T) per token, read everywhere (a reward may sit on a masked tool token), or (B,) per row; floating point.
+        old_log_prob: (B, T), nats; not read at masked tokens.
+        ref_log_prob: like old_log_prob.
+        mask: (B, T), bool, integer or float; nonzero = trainable token.
+        kl_coef: weight of the KL, a number.
+        kl_penalty, log_ratio_range, value_range: the estimator and its clamps, as in `kl_penalty`.
+        reward_clip: (low, high) for rewards (B,), or None.
+        out: a tensor to write into; not with rewards that require grad.
+
+    Returns:
+        (B, T) in the promoted dtype of the rewards, both log-probs and a float mask.
+
+    Gradient:
+        To rewards. Log-probs that require grad are refused.
+
+    Numerics:
+        Arithmetic in float32 (float64 for float64).
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or numbers that do not fit; reward_clip with rewards (B, T).
+
+    Example:
+        >>> old, ref, mask = torch.tensor([[-1.0, -1.0, 0.0]]), torch.tensor([[-1.5, -1.0, 0.0]]), torch.tensor([[1, 1, 0]])
+        >>> rlkern.shape_rewards(torch.tensor([2.0]), old, ref, mask, kl_coef=0.1)
+        tensor([[-0.0500,  2.0000,  0.0000]])
+
+    Source:
+        Stiennon et al. 2020 (arXiv 2009.01325); verl apply_kl_penalty (B, T), OpenRLHF compute_reward (B,).
+    """
+    op = "shape_rewards"
+    check.no_transforms(op, rewards)
+    if not isinstance(old_log_prob, Tensor) or old_log_prob.dim() != 2:
+        raise check.fail(op, "old_log_prob", "be (B, T)", check.describe(old_log_prob), "Give a row of tokens per response.")
+    old, ref, mask = check.tensors(op, old_log_prob, old_log_prob=old_log_prob, ref_log_prob=ref_log_prob, mask=mask)
+    check.detached(op, old_log_prob=old, ref_log_prob=ref)
+    kl_coef = check.number(op, "kl_coef", kl_coef)
+    kl, kl_range = estimator(op, kl_penalty, log_ratio_range, value_range)
+    tokens: Tensor | None = None
+    scores: Tensor | None = None
+    if isinstance(rewards, Tensor) and rewards.dim() == 1:
+        scores = check.per_row(op, "rewards", rewards, old.shape[0], old)
+    else:
+        tokens = check.tensors(op, old, rewards=rewards)[0]
+    clip = [-math.inf, math.inf]
+    if reward_clip is not None:
+        clip = [check.number(op, "reward_clip", x) for x in reward_clip]
+        if scores is None or len(clip) != 2 or not clip[0] <= clip[1]:
+            raise check.fail(
+                op, "reward_clip", "be (low, high), with rewards (B,)", reward_clip, "Clip per-token rewards with torch.clamp."
+            )
+    grad = check.wants_grad(rewards)
+    backend = pick("_shape_rewards_fwd", old)
+    if out is not None:
+        out = check.out_tensors(op, out, old, [check.result_dtype(old, ref, tokens, scores, mask)], grad)
+    args = (tokens, scores, old, ref, mask, kl_coef, kl, kl_range, clip)
+    if grad:
+        shaped: Tensor = _ShapeRewards.apply(*args, backend)  # type: ignore[no-untyped-call]
+        return shaped
+    shaped = library.call("_shape_rewards_fwd", *args, backend=backend, out=out)
+    return shaped

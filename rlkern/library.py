@@ -16,7 +16,7 @@ from torch import Tensor
 from rlkern import backends
 
 _LIBRARY = torch.library.Library("rlkern", "DEF")
-_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), float, int, bool, str, list))
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), float, int, bool, str, list, torch.dtype))
 _HUGE = 4 << 20  # bytes; smaller outputs come from the allocator's own pages
 
 

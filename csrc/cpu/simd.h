@@ -67,7 +67,26 @@ struct Ops<VF> {
     return a * b + c;
 #endif
   }
-  static VF power_of_two(VF n) { return (VF)((Vec<uint32_t>)(n + 8388735.0f) << 23); }
+  static VF power_from(VF shifted) { return (VF)((Vec<uint32_t>)shifted << 23); }
+  static VF magnitude(VF x) { return (VF)((VI)x & 0x7fffffff); }
+  static VF at_least(VF x, VF low) {  // the instructions give their second operand where one is NaN
+#if defined(__AVX512F__)
+    return _mm512_maskz_max_ps(0xffff, low, x);  // gcc 12 warns of the plain one
+#elif defined(__AVX2__)
+    return _mm256_max_ps(low, x);
+#else
+    return x < low ? low : x;
+#endif
+  }
+  static VF at_most(VF x, VF high) {
+#if defined(__AVX512F__)
+    return _mm512_maskz_min_ps(0xffff, high, x);
+#elif defined(__AVX2__)
+    return _mm256_min_ps(high, x);
+#else
+    return x > high ? high : x;
+#endif
+  }
 };
 template <>
 struct Ops<VD> {
@@ -82,6 +101,9 @@ struct Ops<VD> {
     return a * b + c;
 #endif
   }
+  static VD magnitude(VD x) { return (VD)((VL)x & 0x7fffffffffffffff); }
+  static VD at_least(VD x, VD low) { return x < low ? low : x; }
+  static VD at_most(VD x, VD high) { return x > high ? high : x; }
   template <class F>
   static VD map(VD x, F f) {
     for (int i = 0; i < kLanes<double>; ++i) x[i] = f(x[i]);
@@ -137,6 +159,18 @@ inline uint32_t lanes_of(VL c) {
 #endif
 }
 
+// Is there a lane of x that is not at most `limit`, a NaN among them?
+inline bool any_beyond(VF x, VF limit) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(x, limit, _CMP_NLE_UQ) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps(x, limit, _CMP_NLE_UQ)) != 0;
+#else
+  return lanes_of(~(x <= limit)) != 0;
+#endif
+}
+inline bool any_beyond(VD x, VD limit) { return lanes_of(~(x <= limit)) != 0; }
+
 // ---- shuffles ------------------------------------------------------------------------------------------------------
 template <int... I>
 struct Indices {};
@@ -164,11 +198,16 @@ struct Doubles {
   VD a{}, b{};
 };
 inline Doubles widen(VF x) {
+#if defined(__AVX512F__)  // gcc 12 would convert by quarters; maskz, because it warns of the plain form
+  const __m256 low = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7), high = __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+  return {_mm512_maskz_cvtps_pd(0xff, low), _mm512_maskz_cvtps_pd(0xff, high)};
+#else
   typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
   Half low, high;
   std::memcpy(&low, &x, sizeof low);
   std::memcpy(&high, reinterpret_cast<const char*>(&x) + sizeof low, sizeof high);
   return {__builtin_convertvector(low, VD), __builtin_convertvector(high, VD)};
+#endif
 }
 inline Doubles widen(VD x) { return {x, VD{}}; }
 inline double fold(VD v) {
@@ -185,6 +224,24 @@ struct Sum {
     if constexpr (sizeof(A) == 4) acc.b += d.b;
   }
   double total() const { return fold(acc.a + acc.b); }
+};
+// How often a comparison held, per lane: an integer of A's width.
+template <class A>
+struct Count {
+  using Lanes = decltype(Vec<A>{} < Vec<A>{});
+  Lanes lanes{};
+  void add(Lanes held) {
+#if defined(__AVX512F__)
+    lanes = held ? lanes + 1 : lanes;  // one instruction under a mask
+#else
+    lanes -= held;
+#endif
+  }
+  int64_t total() const {
+    int64_t n = 0;
+    for (int i = 0; i < kLanes<A>; ++i) n += lanes[i];
+    return n;
+  }
 };
 
 }  // namespace RLKERN_ISA

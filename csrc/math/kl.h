@@ -13,13 +13,14 @@ template <class V>
 struct KlRange {
   V ratio_low, ratio_high, value_low, value_high;
   explicit KlRange(const KlOptions& o)
-      : ratio_low(constant<V>(o.ratio_low)), ratio_high(constant<V>(o.ratio_high)), value_low(constant<V>(o.value_low)), value_high(constant<V>(o.value_high)) {}
+      : ratio_low(constant<V>(o.ratio_low)), ratio_high(constant<V>(o.ratio_high)), value_low(constant<V>(o.value_low)), value_high(constant<V>(o.value_high)) {
+  }
 };
 
 // d = ref_log_prob - log_prob. k1: -d; abs: |d|; k2: d^2 / 2; k3: exp(d) - 1 - d.
 template <Kl E, class V>
 RLKERN_HD V kl_raw(V d) {
-  if constexpr (E == Kl::k1) return -d;
+  if constexpr (E == Kl::k1) return constant<V>(0) - d;  // no -0 at 0
   else if constexpr (E == Kl::abs) return d < constant<V>(0) ? -d : d;
   else if constexpr (E == Kl::k2) return constant<V>(0.5) * d * d;
   else return exp_minus_1_minus(d);
@@ -27,8 +28,8 @@ RLKERN_HD V kl_raw(V d) {
 template <Kl E, class V>
 RLKERN_HD V kl_raw_grad(V d) {  // d/dlog_prob = -d/dd; a NaN stays one
   const V zero = constant<V>(0), one = constant<V>(1);
-  if constexpr (E == Kl::k1) return one + d * zero;
-  else if constexpr (E == Kl::abs) return d < zero ? one : (d > zero ? -one : d * zero);
+  if constexpr (E == Kl::k1) return d != d ? d : one;
+  else if constexpr (E == Kl::abs) return d < zero ? one : (d > zero ? -one : d);  // 0 at 0
   else if constexpr (E == Kl::k2) return -d;
   else return -expm1_of(d);
 }
@@ -51,7 +52,7 @@ RLKERN_HD V kl_grad(V log_prob, V ref_log_prob, const KlRange<V>& range, bool st
 
 // f.template operator()<E>() for the estimator chosen at run time: the choice stays outside the loops.
 template <class F>
-inline auto with_estimator(Kl e, F&& f) {
+__attribute__((always_inline)) inline auto with_estimator(Kl e, F&& f) {
   switch (e) {
     case Kl::k1: return f(std::integral_constant<Kl, Kl::k1>{});
     case Kl::abs: return f(std::integral_constant<Kl, Kl::abs>{});

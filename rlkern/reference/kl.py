@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KL estimators in plain torch."""
+"""KL estimators in plain torch, each value next to its derivative, and the KL reward."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -11,17 +13,106 @@ def kl_value(log_prob: Tensor, ref_log_prob: Tensor, kl: str, kl_range: list[flo
     """d = ref - log_prob, clamped; k1: -d, abs: |d|, k2: d^2 / 2, k3: exp(d) - 1 - d; the value clamped."""
     ratio_low, ratio_high, value_low, value_high = kl_range
     d = (ref_log_prob - log_prob).clamp(ratio_low, ratio_high)
-    name = kl.removesuffix("+")
+    return _raw(d, kl.removesuffix("+")).clamp(value_low, value_high)
+
+
+def kl_grad(log_prob: Tensor, ref_log_prob: Tensor, kl: str, kl_range: list[float]) -> Tensor:
+    """d kl_value / d log_prob; a clamp passes it on its closed interval, "+" takes k2's everywhere. A NaN shows."""
+    ratio_low, ratio_high, value_low, value_high = kl_range
+    raw = ref_log_prob - log_prob
+    if kl.endswith("+"):
+        return -raw
+    d = raw.clamp(ratio_low, ratio_high)
+    value = _raw(d, kl)
+    grad = torch.ones_like(d) if kl == "k1" else -d.sign() if kl == "abs" else -d if kl == "k2" else -torch.expm1(d)
+    outside = (raw < ratio_low) | (raw > ratio_high) | (value < value_low) | (value > value_high)
+    grad = torch.where(outside, torch.zeros_like(grad), grad)
+    return torch.where(d.isnan(), d, grad)
+
+
+def kl_smooth(log_prob: Tensor, ref_log_prob: Tensor, kl: str, kl_range: list[float]) -> Tensor:
+    """What autograd may differentiate twice in place of the value: the value itself, for "+" k2."""
+    if kl.endswith("+"):
+        return 0.5 * (log_prob - ref_log_prob).square()
+    return kl_value(log_prob, ref_log_prob, kl, kl_range)
+
+
+def _raw(d: Tensor, name: str) -> Tensor:
     if name == "k3":
-        value = tail_of_exp(d)
-    else:
-        value = {"k1": -d, "abs": d.abs(), "k2": 0.5 * d * d}[name]
-    return value.clamp(value_low, value_high)
+        return tail_of_exp(d)
+    return 0.0 - d if name == "k1" else d.abs() if name == "abs" else 0.5 * d * d
 
 
 def tail_of_exp(d: Tensor) -> Tensor:
-    """exp(d) - 1 - d; near 0 by its series, where the difference would cancel."""
+    """exp(d) - 1 - d; near 0 by its series, where the difference would cancel. Infinite at both infinities."""
     near = d.abs() < 0.02
     s = torch.where(near, d, torch.zeros((), dtype=d.dtype, device=d.device))
     series = s * s * (0.5 + s * (1 / 6 + s * (1 / 24 + s * (1 / 120 + s * (1 / 720 + s * (1 / 5040 + s / 40320))))))
-    return torch.where(near, series, torch.expm1(d) - d)
+    return torch.where(near, series, torch.where(d == math.inf, d, torch.expm1(d) - d))
+
+
+def wide(*tensors: Tensor | None) -> torch.dtype:
+    """The arithmetic dtype: float64 if any operand is, else float32."""
+    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def kl_penalty(log_prob: Tensor, ref_log_prob: Tensor, kl: str, kl_range: list[float]) -> Tensor:
+    """The raw op `_kl_penalty_fwd`."""
+    dtype = wide(log_prob, ref_log_prob)
+    value = kl_value(log_prob.to(dtype), ref_log_prob.to(dtype), kl, kl_range)
+    return value.to(torch.promote_types(log_prob.dtype, ref_log_prob.dtype))
+
+
+def kl_penalty_bwd(
+    grad: Tensor, log_prob: Tensor, ref_log_prob: Tensor, kl: str, kl_range: list[float], needs: list[bool]
+) -> tuple[Tensor, Tensor]:
+    """The raw op `_kl_penalty_bwd`: (d_log_prob, d_ref_log_prob = -d_log_prob), empty where not needed."""
+    dtype = wide(grad, log_prob, ref_log_prob)
+    d = grad.to(dtype) * kl_grad(log_prob.to(dtype), ref_log_prob.to(dtype), kl, kl_range)
+    d_log_prob = d.to(log_prob.dtype) if needs[0] else log_prob.new_empty(0)
+    return d_log_prob, (-d).to(ref_log_prob.dtype) if needs[1] else ref_log_prob.new_empty(0)
+
+
+def last_valid(mask: Tensor) -> Tensor:
+    """(B, 1): the column of each row's last valid token, T - 1 where there is none."""
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    last = torch.where(mask != 0, columns, -1).amax(1, keepdim=True)
+    return torch.where(last < 0, mask.shape[1] - 1, last)
+
+
+def shape_rewards(
+    rewards: Tensor | None,
+    scores: Tensor | None,
+    old_log_prob: Tensor,
+    ref_log_prob: Tensor,
+    mask: Tensor,
+    kl_coef: float,
+    kl: str,
+    kl_range: list[float],
+    clip: list[float],
+) -> Tensor:
+    """The raw op `_shape_rewards_fwd`; rewards a token, or scores a row."""
+    given = rewards if rewards is not None else scores
+    dtype, valid = wide(given, old_log_prob, ref_log_prob, mask), mask != 0
+    out_dtype = torch.promote_types(torch.promote_types(given.dtype, old_log_prob.dtype), ref_log_prob.dtype)  # type: ignore[union-attr]
+    if mask.is_floating_point():
+        out_dtype = torch.promote_types(out_dtype, mask.dtype)
+    zero = torch.zeros((), dtype=dtype, device=mask.device)
+    if rewards is not None:
+        placed = rewards.to(dtype)
+    else:
+        placed = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+        if mask.shape[1]:
+            clipped = scores.to(dtype).clamp(*clip)  # type: ignore[union-attr]
+            placed = placed.scatter(1, last_valid(mask), clipped[:, None])
+    old, ref = (torch.where(valid, x.to(dtype), zero) for x in (old_log_prob, ref_log_prob))
+    return torch.where(valid, placed - kl_coef * kl_value(old, ref, kl, kl_range), placed).to(out_dtype)
+
+
+def shape_rewards_bwd(grad: Tensor, scores: Tensor, mask: Tensor, clip: list[float]) -> Tensor:
+    """The raw op `_shape_rewards_bwd`, for scores: the cotangent where the score went, 0 where the clip moved it."""
+    if mask.shape[1] == 0:
+        return torch.zeros_like(scores)
+    found = grad.gather(1, last_valid(mask))[:, 0]
+    moved = (scores < clip[0]) | (scores > clip[1])
+    return torch.where(moved, torch.zeros_like(found), found).to(scores.dtype)

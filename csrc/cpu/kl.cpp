@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0
+// KL per token, its gradient, and the KL reward. The estimator is chosen outside the loops.
+#include "../kernels.h"
+#include "../math/kl.h"
+#include "flat.h"
+
+namespace rlkern {
+namespace RLKERN_ISA {
+namespace {
+
+template <class A, Kl E>
+void value_row(const KlArgs& a, const Flat& c, int64_t r, bool stream) {
+  const Column<A> log_prob(a.log_prob, c.rows, r), ref_log_prob(a.ref_log_prob, c.rows, r);
+  const OutColumn<A> kl(a.kl, c.rows, r, stream);
+  const KlRange<Vec<A>> range(a.options);
+  const bool direct = log_prob.direct() && ref_log_prob.direct() && kl.direct();
+  for_lanes<A, false>(c.length(r), direct,
+                      [&](auto way, int64_t i, int64_t n) RLKERN_INLINE { kl(way, i, n, kl_value<E>(log_prob(way, i, n), ref_log_prob(way, i, n), range)); });
+}
+
+template <class A, Kl E>
+void grad_row(const KlArgs& a, const Flat& c, int64_t r, bool stream) {
+  const Column<A> log_prob(a.log_prob, c.rows, r), ref_log_prob(a.ref_log_prob, c.rows, r), grad(a.grad, c.rows, r);
+  const OutColumn<A> d_log_prob(a.d_log_prob, c.rows, r, stream), d_ref_log_prob(a.d_ref_log_prob, c.rows, r, stream);
+  const KlRange<Vec<A>> range(a.options);
+  const bool direct = log_prob.direct() && ref_log_prob.direct() && grad.direct() && d_log_prob.direct() && d_ref_log_prob.direct();
+  for_lanes<A, false>(c.length(r), direct, [&](auto way, int64_t i, int64_t n) RLKERN_INLINE {
+    const Vec<A> slope = kl_grad<E>(log_prob(way, i, n), ref_log_prob(way, i, n), range, a.options.straight_through);
+    const Vec<A> d = grad(way, i, n) * slope;
+    d_log_prob(way, i, n, d);
+    d_ref_log_prob(way, i, n, -d);
+  });
+}
+
+template <class A>
+void kl_all(KlArgs a) {
+  const Rows rows{a.log_prob.rows, a.log_prob.cols, nullptr};
+  const Flat c(rows, a.log_prob, a.ref_log_prob, a.kl, a.grad, a.d_log_prob, a.d_ref_log_prob);
+  const bool stream = worth_streaming(c.total, a.grad ? 20 : 12);
+  with_estimator(a.options.estimator, [&](auto e) {
+    constexpr Kl E = decltype(e)::value;
+    parallel_rows(c.rows.count, c.total, a.threads, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) a.grad ? grad_row<A, E>(a, c, r, stream) : value_row<A, E>(a, c, r, stream);
+      if (stream) stream_fence();
+    });
+  });
+}
+
+// ---- rewards -------------------------------------------------------------------------------------------------------
+// The last valid token of a row; the last token where there is none.
+template <class A>
+int64_t last_valid(const MaskRow& mask, int64_t length) {
+  constexpr int W = kLanes<A>;
+  for (int64_t i = (length - 1) / W * W; i >= 0 && length > 0; i -= W) {
+    const uint32_t m = mask.lanes<W>(i, length - i < W ? length - i : W);
+    if (m) return i + 31 - __builtin_clz(m);
+  }
+  return length - 1;
+}
+
+template <class A, Kl E>
+void reward_row(const RewardArgs& a, int64_t r, bool stream) {
+  constexpr int W = kLanes<A>;
+  const int64_t length = a.rows.length;
+  const Column<A> rewards(a.per_row ? Operand{} : a.rewards, a.rows, r), old(a.old_log_prob, a.rows, r), ref(a.ref_log_prob, a.rows, r);
+  const MaskRow mask(a.mask, a.rows, r);
+  const OutColumn<A> out(a.out, a.rows, r, stream);
+  const KlRange<Vec<A>> range(a.options);
+  const Vec<A> coef = splat(A(a.kl_coef));
+  const A score = a.per_row ? clamped<A>(row_value<A>(a.rewards, r), A(a.clip_low), A(a.clip_high)) : A(0);
+  const int64_t at = a.per_row ? last_valid<A>(mask, length) : -1;
+  for_vectors<A, false>(length, [&](int64_t i, int64_t n) RLKERN_INLINE {
+    const uint32_t m = mask.lanes<W>(i, n);
+    Vec<A> x = a.per_row ? Vec<A>{} : rewards(i, n);
+    if (at >= i && at < i + n) x[at - i] = score;
+    if (m) x = blend(m, x - coef * kl_value<E>(old.valid(i, n, m), ref.valid(i, n, m), range), x);
+    out(i, n, x);
+  });
+}
+
+template <class A>
+void reward_all(const RewardArgs& a) {
+  const bool stream = worth_streaming(a.rows.total(), 24);
+  with_estimator(a.options.estimator, [&](auto e) {
+    parallel_rows(a.rows.count, a.rows.total(), a.threads, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) reward_row<A, decltype(e)::value>(a, r, stream);
+      if (stream) stream_fence();
+    });
+  });
+}
+
+// d_reward of a row: the cotangent where its reward went, unless the clip moved it.
+template <class A>
+void placed_grad(const RewardGradArgs& a) {
+  const int64_t length = a.rows.length;
+  parallel_rows(a.rows.count, a.rows.total(), a.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t at = last_valid<A>(MaskRow(a.mask, a.rows, r), length);
+      const A reward = row_value<A>(a.rewards, r);
+      const bool moved = reward < A(a.clip_low) || reward > A(a.clip_high);
+      const A d = moved || at < 0 ? A(0) : Column<A>(a.grad, a.rows, r)(at, 1)[0];
+      OutColumn<A>(a.d_rewards, Rows{1, 1, nullptr}, 0, false)(r * a.d_rewards.row_stride, 1, splat(d));
+    }
+  });
+}
+
+bool wide(const Operand& a, const Operand& b, const Operand& c) { return a.dtype == Dtype::f64 || b.dtype == Dtype::f64 || c.dtype == Dtype::f64; }
+
+}  // namespace
+
+double kl(const KlArgs& a) {
+  wide(a.log_prob, a.ref_log_prob, a.grad) ? kl_all<double>(a) : kl_all<float>(a);
+  return 0;
+}
+double shape_rewards(const RewardArgs& a) {
+  a.out.dtype == Dtype::f64 ? reward_all<double>(a) : reward_all<float>(a);
+  return 0;
+}
+double shape_rewards_bwd(const RewardGradArgs& a) {
+  wide(a.grad, a.rewards, Operand{}) ? placed_grad<double>(a) : placed_grad<float>(a);
+  return 0;
+}
+
+}  // namespace RLKERN_ISA
+}  // namespace rlkern

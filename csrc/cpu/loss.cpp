@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: Apache-2.0
+// Policy loss: the value, the gradient already scaled by the aggregation, and the metrics from one sweep.
+// Where the aggregation needs counts that only the mask has, a first sweep reads the mask alone and keeps its lanes. Rows
+// and time run downwards, as in scan.cpp.
+#include "loss.h"
+
+#include "../kernels.h"
+#include "../math/kl.h"
+#include "flat.h"
+
+namespace rlkern {
+namespace RLKERN_ISA {
+namespace {
+
+// ---- policy --------------------------------------------------------------------------------------------------------
+// How many of a row's terms are NaN or infinite: asked only where their sum is.
+template <class A>
+RLKERN_RARE int64_t policy_nonfinite(const PolicyLossArgs& a, int64_t r) {
+  const Column<A> old_log_prob(a.old_log_prob, a.rows, r), log_prob(a.log_prob, a.rows, r), advantages(a.advantages, a.rows, r), weights(a.weights, a.rows, r);
+  const MaskRow mask(a.mask, a.rows, r);
+  const PolicyClip<A> clip(a.clip);
+  int64_t found = 0;
+  for (int64_t i = 0; i < a.rows.len(r); ++i) {
+    if (!mask.lanes<kLanes<A>>(i, 1)) continue;
+    const A w = weights ? weights(i, 1)[0] : A(1), term = w * policy_token<A>(log_prob(i, 1)[0] - old_log_prob(i, 1)[0], advantages(i, 1)[0], clip).loss;
+    found += term - term == 0 ? 0 : 1;
+  }
+  return found;
+}
+
+// Extra: importance weights, the entropy term, and, if E is an estimator, the KL term.
+template <class A, bool Extra, Kl E>
+void policy_row(const PolicyLossArgs& a, int64_t r, A weight, const uint16_t* kept, bool stream, RowSums& sums) {
+  using V = Vec<A>;
+  constexpr int W = kLanes<A>;
+  const Column<A> old_log_prob(a.old_log_prob, a.rows, r), log_prob(a.log_prob, a.rows, r), advantages(a.advantages, a.rows, r);
+  const Column<A> weights(a.weights, a.rows, r), ref_log_prob(a.ref_log_prob, a.rows, r), entropy(a.entropy, a.rows, r);
+  const MaskRow mask(a.mask, a.rows, r);
+  const OutColumn<A> d_log_prob(a.d_log_prob, a.rows, r, stream), d_entropy(a.d_entropy, a.rows, r, stream);
+  const PolicyClip<V> clip(a.clip);
+  const KlRange<V> range(a.kl);
+  const bool with_kl = a.kl_coef != 0;
+  const V zero{}, g = splat(weight), unit = Extra ? splat(A(1)) : g, kl_coef = splat(A(a.kl_coef)), d_bonus = splat(A(-a.entropy_coeff * weight));
+  V high = splat(-A(__builtin_inff())), far{};  // of the log-ratio, and of its size
+  Sum<A> loss, ratio, kl, bonus;
+  Count<A> clipped, lower;
+  int64_t tokens = 0;
+  const bool direct = old_log_prob.direct() && log_prob.direct() && advantages.direct() && weights.direct() && ref_log_prob.direct() && entropy.direct() &&
+                      d_log_prob.direct() && d_entropy.direct() && (kept || mask.direct());
+  for_lanes<A, true>(a.rows.len(r), direct, [&](auto way, int64_t i, int64_t n) RLKERN_INLINE {
+    const uint32_t m = kept ? kept[i / W] : mask.template lanes<W>(way, i, n);
+    if (m == 0) {
+      d_log_prob(way, i, n, zero);
+      if (Extra) d_entropy(way, i, n, zero);
+      return;
+    }
+    const V lp = log_prob.valid(way, i, n, m), raw = lp - old_log_prob.valid(way, i, n, m);
+    const V advantage = advantages.valid(way, i, n, m), size = Ops<V>::magnitude(raw);
+    V x, value, d;
+    if (__builtin_expect(any_beyond(size, clip.usual), 0)) {
+      const auto t = policy_token(raw, advantage, clip);
+      x = t.x, value = t.loss, d = t.blocked ? zero : t.slope * unit;
+      clipped.add(t.above), clipped.add(t.below), lower.add(t.lower);
+    } else {
+      const auto t = policy_token_usual(raw, advantage, clip);
+      x = raw, value = t.loss, d = t.clipped ? zero : t.loss * unit;
+      clipped.add(t.clipped);
+    }
+    if (Extra) {
+      if (weights) {
+        const V w = weights.valid(way, i, n, m);
+        value *= w, d *= w;
+      }
+      if constexpr (E != Kl::none) {
+        const V ref = ref_log_prob.valid(way, i, n, m), slope = kl_grad<E>(lp, ref, range, a.kl.straight_through);
+        kl.add(blend(m, kl_value<E>(lp, ref, range), zero));
+        d = with_kl ? d + kl_coef * slope : d;
+      }
+      if (entropy) bonus.add(entropy.valid(way, i, n, m));
+      d_entropy(way, i, n, blend(m, d_bonus, zero));
+      d *= g;
+    }
+    d_log_prob(way, i, n, m == kAllLanes<A> ? d : blend(m, d, zero));
+    loss.add(value), ratio.add(x);
+    const V edge = m == kAllLanes<A> ? raw : blend(m, raw, high);
+    high = Ops<V>::at_least(high, edge), far = Ops<V>::at_least(far, size);  // a NaN is left out
+    tokens += __builtin_popcount(m);
+  });
+  sums.tokens = static_cast<double>(tokens), sums.loss = loss.total(), sums.neg_log_ratio = -ratio.total();
+  sums.kl = kl.total(), sums.entropy = bonus.total();
+  sums.clipped = clipped.total(), sums.lower = lower.total(), sums.nonfinite = 0;
+  sums.high = high[0], sums.far = far[0];
+  for (int k = 1; k < W; ++k) sums.high = high[k] > sums.high ? high[k] : sums.high, sums.far = far[k] > sums.far ? far[k] : sums.far;
+  sums.nonfinite = sums.loss - sums.loss == 0 ? 0 : policy_nonfinite<A>(a, r);
+}
+
+void policy_results(const PolicyLossArgs& a, const RowSums* rows) {
+  const Counts counts(rows, a.rows.count);
+  const AggWeights agg(a.agg, counts.tokens, counts.sequences);
+  double sums[kPolicySums] = {}, pg = 0, kl = 0, entropy = 0, high = -__builtin_inf(), far = 0;
+  for (int64_t r = 0; r < a.rows.count; ++r) {
+    const RowSums& s = rows[r];
+    const double w = agg.row(s.tokens);
+    pg += w * s.loss, kl += w * s.kl, entropy += w * s.entropy;
+    sums[kClipped] += static_cast<double>(s.clipped), sums[kClippedLower] += static_cast<double>(s.lower);
+    sums[kNegLogRatio] += s.neg_log_ratio, sums[kNonfinite] += static_cast<double>(s.nonfinite);
+    if (s.tokens > 0) high = s.high > high ? s.high : high, far = s.far > far ? s.far : far;
+  }
+  pg *= agg.scale, kl *= agg.scale, entropy *= agg.scale;
+  sums[kTokens] = counts.tokens, sums[kSequences] = counts.sequences, sums[kPgLoss] = pg;
+  sums[kKlLoss] = a.ref_log_prob ? kl : 0, sums[kEntropyLoss] = a.entropy ? entropy : 0;
+  double total = pg;
+  if (a.ref_log_prob && a.kl_coef != 0) total += a.kl_coef * kl;
+  if (a.entropy && a.entropy_coeff != 0) total -= a.entropy_coeff * entropy;
+  put(a.loss, 0, total);
+  for (int i = 0; i < kPolicySums; ++i) put(a.sums, i, sums[i]);
+  const double most = high < a.clip.clamp ? high : a.clip.clamp;
+  put(a.maxes, kRatioMax, counts.tokens > 0 ? ::exp(most) : 0);
+  put(a.maxes, kAbsLogRatioMax, far);
+}
+
+template <class A, bool Extra, Kl E>
+void policy_all(const PolicyLossArgs& a) {
+  const int64_t total = a.rows.total();
+  const bool stream = worth_streaming(total, 24), first = counts_first(a.agg);
+  Scratch<RowSums> sums(a.rows.count);
+  const Counted counted(a.rows, kLanes<A>, first);
+  if (first) count_mask<A>(a.rows, a.mask, a.threads, counted, sums.data);
+  const Counts counts(sums.data, first ? a.rows.count : 0);
+  const AggWeights agg(a.agg, counts.tokens, counts.sequences);
+  parallel_rows(a.rows.count, total, a.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t r = end - 1; r >= begin; --r) {
+      RowSums& row = sums.data[r];
+      const A weight = A(agg.scale * agg.row(row.tokens));
+      policy_row<A, Extra, E>(a, r, weight, counted.row(r), stream, row);
+    }
+    if (stream) stream_fence();
+  });
+  policy_results(a, sums.data);
+}
+
+template <class A>
+void policy_terms(const PolicyLossArgs& a) {
+  if (a.ref_log_prob) return with_estimator(a.kl.estimator, [&](auto e) { policy_all<A, true, decltype(e)::value>(a); });
+  a.weights || a.entropy ? policy_all<A, true, Kl::none>(a) : policy_all<A, false, Kl::none>(a);
+}
+
+// ---- backward: the gradient times the loss's cotangent ---------------------------------------------------------------
+template <class A>
+void scale_all(ScaleArgs a) {
+  const Flat f(Rows{a.x.rows, a.x.cols, nullptr}, a.x, a.out);
+  const Vec<A> factor = splat(load_any<A>(a.factor.data, a.factor.dtype, 0, 1)[0]), zero{};
+  const bool stream = worth_streaming(f.total, 8);
+  parallel_rows(f.rows.count, f.total, a.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t r = end - 1; r >= begin; --r) {
+      const Column<A> x(a.x, f.rows, r);
+      const OutColumn<A> out(a.out, f.rows, r, stream);
+      for_vectors<A, true>(f.length(r), [&](int64_t i, int64_t n) RLKERN_INLINE {
+        const Vec<A> v = x(i, n);
+        out(i, n, v == zero ? v : v * factor);
+      });
+    }
+    if (stream) stream_fence();
+  });
+}
+
+}  // namespace
+
+double policy_loss(const PolicyLossArgs& a) {
+  any_double(a.old_log_prob, a.log_prob, a.advantages, a.weights, a.ref_log_prob, a.entropy) ? policy_terms<double>(a) : policy_terms<float>(a);
+  return 0;
+}
+double scale(const ScaleArgs& a) {
+  any_double(a.x, a.factor) ? scale_all<double>(a) : scale_all<float>(a);
+  return 0;
+}
+
+}  // namespace RLKERN_ISA
+}  // namespace rlkern

@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: Apache-2.0
+// The clipped policy loss and the clipped value loss of one token, each value next to its derivative, and what the
+// aggregation makes of them.
+#pragma once
+#include "../args.h"
+#include "math.h"
+
+namespace rlkern {
+namespace RLKERN_ISA {
+
+// ---- aggregation: loss = scale * sum over rows of row_weight * (the row's sum) --------------------------------------
+struct AggWeights {
+  bool mean_of_row;
+  double scale;
+  // `tokens` and `sequences` are this call's own counts, used where the caller gave none.
+  RLKERN_HD AggWeights(const AggOptions& o, double tokens, double sequences) : mean_of_row(o.mode == Agg::seq_mean_token_mean) {
+    const double n = o.local_tokens ? tokens : o.tokens, b = o.local_sequences ? sequences : o.sequences;
+    switch (o.mode) {
+      case Agg::token_mean: scale = o.dp_size / n; break;
+      case Agg::token_sum: scale = o.dp_size; break;
+      case Agg::seq_mean_token_sum_norm: scale = o.dp_size / b / o.scale; break;
+      default: scale = o.dp_size / b;
+    }
+  }
+  RLKERN_HD double row(double row_tokens) const { return mean_of_row && row_tokens > 0 ? 1 / row_tokens : 1; }
+};
+// Must the mask be counted before a gradient can be written?
+RLKERN_HD bool counts_first(const AggOptions& o) {
+  if (o.mode == Agg::token_sum) return false;
+  return o.mode == Agg::token_mean ? o.local_tokens : o.local_sequences || o.mode == Agg::seq_mean_token_mean;
+}
+
+// ---- policy --------------------------------------------------------------------------------------------------------
+// l = max(-A r, -A clip(r)), for A < 0 at most -A cap; r = exp(x), x = the clamped log-ratio. Rounding is monotone, so this
+// is -A times the r that wins: at most 1 + high where A > 0, between 1 - low and cap where A < 0.
+template <class V>
+struct PolicyClip {
+  V low, high, cap, clamp;
+  V usual;  // a log-ratio of at most this size meets neither the clamp nor the dual clip
+  explicit PolicyClip(const PolicyClipOptions& o)
+      : low(constant<V>(1 - o.low)), high(constant<V>(1 + o.high)), cap(constant<V>(o.cap)), clamp(constant<V>(o.clamp)),
+        usual(constant<V>(limit(o.clamp, ::log(o.cap) * 0.99999))) {}
+  static RLKERN_HD double limit(double clamp, double cap) {
+    const double least = clamp < cap ? clamp : cap;
+    return least < 80 ? least : 80;  // nor leaves the exponential the normal range
+  }
+};
+template <class V, class Test>  // Test: what comparing two V gives
+struct PolicyToken {
+  V x, loss, slope;  // d loss / d log_prob = blocked ? 0 : slope
+  Test blocked, above, below, lower;  // above or below: the clipped term is the larger one; lower: the dual clip
+};
+// The gradient is -A r where r itself wins, half of it where the dual clip ties with it (torch splits a tie of min in two),
+// 0 elsewhere. It is a clamp's on the closed interval; a NaN of A or r shows.
+template <class V>
+RLKERN_HD auto policy_token(V log_ratio, V advantage, const PolicyClip<V>& o) {
+  using Test = decltype(advantage > advantage);
+  const V zero = constant<V>(0), far = constant<V>(__builtin_inf());
+  const Test gain = advantage > zero, harm = advantage < zero;
+  const V x = clamped(log_ratio, -o.clamp, o.clamp), r = exp_of(x);
+  const V best = clamped(r, harm ? o.low : -far, harm ? o.cap : (gain ? o.high : far)), loss = -advantage * best;
+  const Test blocked = (best < r) | (best > r) | (x < log_ratio) | (x > log_ratio), tie = (r == o.cap) & harm;
+  const Test above = (r > o.high) & gain, below = (r < o.low) & harm, lower = (r > o.cap) & harm;
+  return PolicyToken<V, Test>{x, loss, tie ? constant<V>(0.5) * loss : loss, blocked, above, below, lower};
+}
+
+// The same where |log_ratio| <= o.usual: with fewer comparisons, for most vectors. The gradient is clipped ? 0 : loss.
+template <class V, class Test>
+struct UsualToken {
+  V loss;
+  Test clipped;
+};
+template <class V>
+RLKERN_HD auto policy_token_usual(V log_ratio, V advantage, const PolicyClip<V>& o) {
+  using Test = decltype(advantage > advantage);
+  const V zero = constant<V>(0), r = exp_bounded(log_ratio);
+  const Test gain = advantage > zero, harm = advantage < zero;
+  const V best = gain ? Ops<V>::at_most(r, o.high) : (harm ? Ops<V>::at_least(r, o.low) : r);
+  const Test clipped = (best < r) | (best > r);
+  return UsualToken<V, Test>{-advantage * best, clipped};
+}
+
+// ---- value ---------------------------------------------------------------------------------------------------------
+// l = max((v - R)^2, (clip(v, V - c, V + c) - R)^2) / 2; c infinite: half the squared error.
+template <class V, class Test>
+struct ValueToken {
+  V loss, grad;
+  Test clipped;
+};
+template <class V>
+RLKERN_HD auto value_token(V vpred, V ret, V value, V range) {
+  const V zero = constant<V>(0), half = constant<V>(0.5);
+  const V clamp = clamped(vpred, value - range, value + range), inside = value != value ? value : clamp;
+  const V error = vpred - ret, other = inside - ret, plain = error * error, clip = other * other;
+  using Test = decltype(clip > plain);
+  const Test clipped = clip > plain, moved = (inside < vpred) | (inside > vpred), tie = (clip == plain) & moved;
+  const V full = tie ? half * error : error, grad = (clipped & moved) ? zero : full, loss = half * (clipped ? clip : plain);
+  const Test lost = clip != clip;
+  return ValueToken<V, Test>{lost ? clip : loss, lost ? clip : grad, clipped};
+}
+
+}  // namespace RLKERN_ISA
+}  // namespace rlkern
