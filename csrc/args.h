@@ -212,4 +212,46 @@ struct ScaleArgs {
   int threads;
 };
 
+// ---- whiten: one row of statistics a row (by_row), or one for all rows --------------------------------------------------
+enum class Reduce : int32_t { sum, mean, var, moments };
+
+// `moments` is (rows or 1, 3) float64: count, mean, M2.
+struct ReduceArgs {
+  Rows rows;
+  Operand values, mask;
+  Operand result, moments;  // outputs; for Reduce::moments the result is the moments
+  Reduce kind;
+  bool by_row, unbiased;
+  int threads;
+};
+
+struct ReduceGradArgs {
+  Rows rows;
+  Operand grad, mask, values, moments;
+  Operand d_values;
+  Reduce kind;
+  bool by_row, unbiased;
+  int threads;
+};
+
+struct WhitenArgs {
+  Rows rows;
+  Operand values, mask, moments;  // moments: an output, or, if `given`, an input
+  Operand out;
+  bool by_row, given;
+  bool at_least_one;  // divide by max(count, 1)
+  WhitenOptions options;
+  int threads;
+};
+
+struct WhitenGradArgs {
+  Rows rows;
+  Operand grad, values, mask, moments;
+  Operand d_values, d_moments;
+  bool by_row, given;  // given: the moments are constants of d_values, with a gradient of their own
+  bool at_least_one;
+  WhitenOptions options;
+  int threads;
+};
+
 }  // namespace rlkern

@@ -173,6 +173,35 @@ double value_loss_fwd(Tokens vpreds, Tokens returns, Tokens values, Tokens mask,
 }
 double scale_fwd(Tokens x, Tokens factor, py::handle, Tokens out, int threads) { return run(&Kernels::scale, ScaleArgs{x, factor, out, threads}); }
 
+// ---- whiten ----------------------------------------------------------------------------------------------------------
+template <Reduce kind>
+double masked_reduce(Tokens values, Tokens mask, bool by_row, bool unbiased, bool, Tokens result, Tokens moments, int threads) {
+  const Operand first = kind == Reduce::moments ? Operand{} : result;
+  return run(&Kernels::masked_reduce, ReduceArgs{rows_of(values, {}), values, mask, first, kind == Reduce::moments ? result : moments, kind, by_row, unbiased, threads});
+}
+template <Reduce kind>
+double masked_reduce_bwd(Tokens grad, Tokens values, Tokens mask, Tokens moments, bool by_row, bool unbiased, Tokens d_values, int threads) {
+  return run(&Kernels::masked_reduce_bwd, ReduceGradArgs{rows_of(values, {}), grad, mask, values, moments, d_values, kind, by_row, unbiased, threads});
+}
+using WhitenFlags = std::array<bool, 5>;
+template <bool by_row>  // masked_whiten, or masked_normalize
+double whiten_fwd(Tokens values, Tokens mask, const WhitenFlags& flags, double eps, bool, Tokens out, Tokens moments, int threads) {
+  return run(&Kernels::whiten_fwd, WhitenArgs{rows_of(values, {}), values, mask, moments, out, by_row, false, by_row, whiten_options(flags, eps), threads});
+}
+template <bool by_row>
+double whiten_bwd(Tokens grad, Tokens values, Tokens mask, Tokens moments, const WhitenFlags& flags, double eps, Tokens d_values, int threads) {
+  return run(&Kernels::whiten_bwd, WhitenGradArgs{rows_of(values, {}), grad, values, mask, moments, d_values, Operand{}, by_row, false, by_row,
+                                                  whiten_options(flags, eps), threads});
+}
+double whiten_apply(Tokens values, Tokens mask, Tokens moments, const WhitenFlags& flags, double eps, bool by_row, Tokens out, int threads) {
+  return run(&Kernels::whiten_fwd, WhitenArgs{rows_of(values, {}), values, mask, moments, out, by_row, true, false, whiten_options(flags, eps), threads});
+}
+double whiten_apply_bwd(Tokens grad, Tokens values, Tokens mask, Tokens moments, const WhitenFlags& flags, double eps, bool by_row,
+                        const std::array<bool, 2>&, Tokens d_values, Tokens d_moments, int threads) {
+  return run(&Kernels::whiten_bwd, WhitenGradArgs{rows_of(values, {}), grad, values, mask, moments, d_values, d_moments, by_row, true, false,
+                                                  whiten_options(flags, eps), threads});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -214,4 +243,18 @@ PYBIND11_MODULE(_C, m) {
   m.def("_policy_loss_fwd", policy_loss_fwd);
   m.def("_value_loss_fwd", value_loss_fwd);
   m.def("_scale_fwd", scale_fwd);
+  m.def("_masked_sum_fwd", masked_reduce<Reduce::sum>);
+  m.def("_masked_sum_bwd", masked_reduce_bwd<Reduce::sum>);
+  m.def("_masked_mean_fwd", masked_reduce<Reduce::mean>);
+  m.def("_masked_mean_bwd", masked_reduce_bwd<Reduce::mean>);
+  m.def("_masked_var_fwd", masked_reduce<Reduce::var>);
+  m.def("_masked_var_bwd", masked_reduce_bwd<Reduce::var>);
+  m.def("_masked_moments_fwd", masked_reduce<Reduce::moments>);
+  m.def("_masked_moments_bwd", masked_reduce_bwd<Reduce::moments>);
+  m.def("_masked_whiten_fwd", whiten_fwd<false>);
+  m.def("_masked_whiten_bwd", whiten_bwd<false>);
+  m.def("_masked_normalize_fwd", whiten_fwd<true>);
+  m.def("_masked_normalize_bwd", whiten_bwd<true>);
+  m.def("_whiten_apply_fwd", whiten_apply);
+  m.def("_whiten_apply_bwd", whiten_apply_bwd);
 }

@@ -20,7 +20,11 @@
   X(shape_rewards_bwd, RewardGradArgs)           \
   X(policy_loss, PolicyLossArgs)                 \
   X(value_loss, ValueLossArgs)                   \
-  X(scale, ScaleArgs)
+  X(scale, ScaleArgs)                            \
+  X(masked_reduce, ReduceArgs)                   \
+  X(masked_reduce_bwd, ReduceGradArgs)           \
+  X(whiten_fwd, WhitenArgs)                      \
+  X(whiten_bwd, WhitenGradArgs)
 
 #if defined(__x86_64__)
 #define RLKERN_ISAS(X) X(base) X(avx2) X(avx512)  // the widest last

@@ -10,9 +10,11 @@ from rlkern.kl import kl_penalty, shape_rewards
 from rlkern.labels import group_index
 from rlkern.loss import policy_loss, policy_loss_and_grad
 from rlkern.metrics import Metrics, PolicyLoss, PolicyLossAndGrad, ValueLoss
+from rlkern.moments import masked_mean, masked_moments, masked_sum, masked_var, merge_moments
 from rlkern.scan import discounted_returns, gae
 from rlkern.types import Advantages, GroupIndex, GroupStats, Moments
 from rlkern.value_loss import value_loss
+from rlkern.whiten import masked_normalize, masked_whiten, whiten_apply
 
 __version__ = "0.1.0"
 __all__ = [
@@ -37,12 +39,20 @@ __all__ = [
     "group_normalize",
     "kl_penalty",
     "load_batch",
+    "masked_mean",
+    "masked_moments",
+    "masked_normalize",
+    "masked_sum",
+    "masked_var",
+    "masked_whiten",
+    "merge_moments",
     "policy_loss",
     "policy_loss_and_grad",
     "save_batch",
     "shape_rewards",
     "use_backend",
     "value_loss",
+    "whiten_apply",
 ]
 
 backends.environment_backend()

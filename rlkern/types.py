@@ -12,6 +12,7 @@ Masked = Literal["skip", "reset", "zero", "turn"]
 Kl = Literal["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3", "k1+", "abs+", "low_var_kl+", "k3+", "kl+", "k2+", "mse+"]
 LossAggMode = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm", "token-sum"]
 Baseline = Literal["mean", "leave_one_out", "length_weighted"]
+EpsMode = Literal["add", "floor"]
 Singleton = Literal["raw", "zero", "nan"]
 Backend = Literal["auto", "torch", "cpp", "triton", "cuda"]
 Number = int | float

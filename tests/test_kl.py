@@ -161,9 +161,9 @@ def test_kl_penalty_properties_of_exp(name):
     mid, far = torch.linspace(-1, 1, 40001), torch.linspace(-104, 88.7, 40001)
     eps = torch.finfo(torch.float32).eps
 
-    def k3(d):
+    def k3(d, **clamps):
         lp = torch.zeros_like(d).requires_grad_()
-        value = rlkern.kl_penalty(lp, d, "k3", **NO_CLAMP)
+        value = rlkern.kl_penalty(lp, d, "k3", **(clamps or NO_CLAMP))
         return value.detach().double(), -torch.autograd.grad(value.sum(), lp)[0].double()
 
     def exact(d):
@@ -177,6 +177,10 @@ def test_kl_penalty_properties_of_exp(name):
             (value, slope), (v, s) = k3(d), exact(d)
             assert ((value - v).abs() <= 2 * eps * slack(v, d) + 1e-44)[normal].all()
             assert ((slope - s).abs() <= 2 * eps * s.abs() + 1e-44).all()
+        clamped = {"log_ratio_range": (-80.0, 80.0), "value_range": None}  # takes the shorter form of exp
+        for plain, short in zip(k3(mid), k3(mid, **clamped), strict=True):
+            assert ((plain - short).abs() <= 2 * eps).all()
+        assert k3(torch.tensor([torch.nan, 81.0]), **clamped)[1].isnan().tolist() == [True, False]
         edges = torch.tensor([math.inf, -math.inf, math.nan, 89.0, 1000.0, -1000.0, 0.0, -0.0, 1e-45])
         value, slope = k3(edges)
         assert value.tolist()[:2] == [math.inf, math.inf]

@@ -197,7 +197,37 @@ struct MaskRow {
     if (n < W) return any(i, n);
     if (dtype == Dtype::i64) return nonzero_lanes<W>(reinterpret_cast<const int64_t*>(data) + i);
     if (dtype == Dtype::b8 || dtype == Dtype::u8) return nonzero_lanes<W>(reinterpret_cast<const uint8_t*>(data) + i);
+    if constexpr (W == kLanes<float>) {
+      if (dtype == Dtype::f32) return lanes_of((VI)(loadu(reinterpret_cast<const float*>(data) + i) != 0));
+      if (dtype == Dtype::i32) return lanes_of(loadu(reinterpret_cast<const int32_t*>(data) + i) != 0);
+    }
     return any(i, W);
+  }
+  // Does it hold a weight in [begin, end): a value other than 0 and 1?
+  bool weighs(int64_t begin, int64_t end) const {
+    if (!data || begin == end) return false;
+    if (per_row) begin = 0, end = 1;
+    auto half = [&](int one) {
+      const uint16_t* p = reinterpret_cast<const uint16_t*>(data);
+      int found = 0;
+      for (int64_t k = begin; k < end; ++k) found |= ((p[k] & 0x7fff) != 0) & (p[k] != one);
+      return found != 0;
+    };
+    auto number = [&](auto* p) {
+      int found = 0;
+      for (int64_t k = begin; k < end; ++k) found |= (p[k] != 0) & (p[k] != 1);
+      return found != 0;
+    };
+    switch (dtype) {
+      case Dtype::f32: return number(reinterpret_cast<const float*>(data));
+      case Dtype::f64: return number(reinterpret_cast<const double*>(data));
+      case Dtype::f16: return half(0x3c00);
+      case Dtype::bf16: return half(0x3f80);
+      case Dtype::i32: return number(reinterpret_cast<const int32_t*>(data));
+      case Dtype::i64: return number(reinterpret_cast<const int64_t*>(data));
+      case Dtype::u8: return number(reinterpret_cast<const uint8_t*>(data));
+      default: return false;
+    }
   }
 
  private:

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Count, mean and M2 of a stream of vectors, in float64. Shifted by the running mean and merged every few vectors: one
-// pass over memory, and no difference of large squares.
+// Count, mean and M2 of a stream of vectors, in float64: sums of differences to a shift, merged into the running moments now
+// and then. One pass over memory, and no difference of large squares: the shift is the mean of the first vector, then of
+// all that came before, so that not even an outlier among the first values makes the sum of squares much larger than M2.
 #pragma once
 #include "../math/whiten.h"
 #include "lanes.h"
@@ -8,46 +9,51 @@
 namespace rlkern {
 namespace RLKERN_ISA {
 
+// Keep one as a local: `add` is inlined, and its state then lives in registers.
 template <class A>
 class MomentLanes {
  public:
-  void add(Vec<A> x, uint32_t m) {
+  RLKERN_INLINE void add(Vec<A> x, uint32_t m) {
     if (m == 0) return;
-    if (pending_ == kFlush) flush();
-    if (pending_++ == 0) shift_ = done_.count > 0 ? static_cast<A>(done_.mean) : x[__builtin_ctz(m)];
-    const Vec<A> shift = splat(shift_);
-    const Doubles d = widen(x), s = widen(shift);
-    Doubles e{d.a - s.a, d.b - s.b};
-    if (m != kAllLanes<A>) {
-      e.a = blend(m & kAllLanes<double>, e.a, VD{});
-      e.b = blend(m >> kLanes<double>, e.b, VD{});
+    if (count_ >= limit_) {
+      if (limit_ > 0) done_ = merged(done_, sum_, square_, center_[0], count_);
+      shift_ = splat(static_cast<A>(limit_ > 0 ? done_.mean : mean_of(x, m)));
+      center_ = splat(static_cast<double>(shift_[0]));
+      sum_ = square_ = Doubles{};
+      count_ = 0, limit_ = limit_ > 0 ? kMerge : kFirst;
     }
-    sum_.a += e.a, square_.a += e.a * e.a;
-    if constexpr (sizeof(A) == 4) sum_.b += e.b, square_.b += e.b * e.b;
+    const Doubles v = widen(blend(m, x, shift_));  // a masked lane adds 0
+    const VD a = v.a - center_;
+    sum_.a += a, square_.a = fused(a, a, square_.a);
+    if constexpr (sizeof(A) == 4) {
+      const VD b = v.b - center_;
+      sum_.b += b, square_.b = fused(b, b, square_.b);
+    }
     count_ += __builtin_popcount(m);
   }
-  Moments total() {
-    flush();
-    return done_;
-  }
+  Moments total() const { return merged(done_, sum_, square_, center_[0], count_); }
 
  private:
-  static constexpr int kFlush = 16;
-  void flush() {
-    if (count_ == 0) return;
+  // double rounds at every addition, float values are exact: it merges more often
+  static constexpr int64_t kFirst = 256, kMerge = sizeof(A) == 8 ? 512 : 4096;
+  __attribute__((noinline)) static double mean_of(Vec<A> x, uint32_t m) {
+    const Doubles v = widen(blend(m, x, Vec<A>{}));
+    return fold(v.a + v.b) / __builtin_popcount(m);
+  }
+  __attribute__((noinline)) static Moments merged(Moments done, Doubles sum, Doubles square, double shift, int64_t count) {
+    if (count == 0) return done;
     Moments m;
-    const double n = static_cast<double>(count_), s = fold(sum_.a + sum_.b), q = fold(square_.a + square_.b), d = s / n;
-    m.count = n, m.mean = static_cast<double>(shift_) + d, m.m2 = q - s * d;
+    const double n = static_cast<double>(count), s = fold(sum.a + sum.b), d = s / n;
+    m.count = n, m.mean = shift + d, m.m2 = fold(square.a + square.b) - s * d;
     if (m.m2 < 0) m.m2 = 0;  // rounding; a NaN stays
-    done_.merge(m);
-    sum_ = square_ = Doubles{};
-    count_ = 0, pending_ = 0;
+    done.merge(m);
+    return done;
   }
   Moments done_;
   Doubles sum_, square_;
-  A shift_ = 0;
-  int64_t count_ = 0;
-  int pending_ = 0;
+  Vec<A> shift_{};
+  VD center_{};  // shift_ as double
+  int64_t count_ = 0, limit_ = 0;
 };
 
 }  // namespace RLKERN_ISA

@@ -201,12 +201,12 @@ inline Doubles widen(VF x) {
 #if defined(__AVX512F__)  // gcc 12 would convert by quarters; maskz, because it warns of the plain form
   const __m256 low = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7), high = __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
   return {_mm512_maskz_cvtps_pd(0xff, low), _mm512_maskz_cvtps_pd(0xff, high)};
+#elif defined(__AVX2__)
+  return {_mm256_cvtps_pd(_mm256_castps256_ps128(x)), _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1))};
+#elif defined(__SSE2__)
+  return {_mm_cvtps_pd(x), _mm_cvtps_pd(_mm_movehl_ps(x, x))};
 #else
-  typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
-  Half low, high;
-  std::memcpy(&low, &x, sizeof low);
-  std::memcpy(&high, reinterpret_cast<const char*>(&x) + sizeof low, sizeof high);
-  return {__builtin_convertvector(low, VD), __builtin_convertvector(high, VD)};
+  return {VD{x[0], x[1]}, VD{x[2], x[3]}};
 #endif
 }
 inline Doubles widen(VD x) { return {x, VD{}}; }

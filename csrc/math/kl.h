@@ -12,32 +12,33 @@ namespace RLKERN_ISA {
 template <class V>
 struct KlRange {
   V ratio_low, ratio_high, value_low, value_high;
+  bool bounded;  // no exponential leaves the normal range
   explicit KlRange(const KlOptions& o)
-      : ratio_low(constant<V>(o.ratio_low)), ratio_high(constant<V>(o.ratio_high)), value_low(constant<V>(o.value_low)), value_high(constant<V>(o.value_high)) {
-  }
+      : ratio_low(constant<V>(o.ratio_low)), ratio_high(constant<V>(o.ratio_high)), value_low(constant<V>(o.value_low)), value_high(constant<V>(o.value_high)),
+        bounded(o.ratio_low >= -80 && o.ratio_high <= 80) {}
 };
 
 // d = ref_log_prob - log_prob. k1: -d; abs: |d|; k2: d^2 / 2; k3: exp(d) - 1 - d.
 template <Kl E, class V>
-RLKERN_HD V kl_raw(V d) {
+RLKERN_HD V kl_raw(V d, bool bounded) {
   if constexpr (E == Kl::k1) return constant<V>(0) - d;  // no -0 at 0
   else if constexpr (E == Kl::abs) return d < constant<V>(0) ? -d : d;
   else if constexpr (E == Kl::k2) return constant<V>(0.5) * d * d;
-  else return exp_minus_1_minus(d);
+  else return bounded ? exp_minus_1_minus_bounded(d) : exp_minus_1_minus(d);
 }
 template <Kl E, class V>
-RLKERN_HD V kl_raw_grad(V d) {  // d/dlog_prob = -d/dd; a NaN stays one
+RLKERN_HD V kl_raw_grad(V d, bool bounded) {  // d/dlog_prob = -d/dd; a NaN stays one
   const V zero = constant<V>(0), one = constant<V>(1);
   if constexpr (E == Kl::k1) return d != d ? d : one;
   else if constexpr (E == Kl::abs) return d < zero ? one : (d > zero ? -one : d);  // 0 at 0
   else if constexpr (E == Kl::k2) return -d;
-  else return -expm1_of(d);
+  else return bounded ? -expm1_bounded(d) : -expm1_of(d);
 }
 
 template <Kl E, class V>
 RLKERN_HD V kl_value(V log_prob, V ref_log_prob, const KlRange<V>& range) {
   const V d = clamped(ref_log_prob - log_prob, range.ratio_low, range.ratio_high);
-  return clamped(kl_raw<E>(d), range.value_low, range.value_high);
+  return clamped(kl_raw<E>(d, range.bounded), range.value_low, range.value_high);
 }
 
 // A clamp passes gradient on its closed interval. A straight-through form has the gradient of k2 everywhere.
@@ -45,9 +46,9 @@ template <Kl E, class V>
 RLKERN_HD V kl_grad(V log_prob, V ref_log_prob, const KlRange<V>& range, bool straight_through) {
   const V raw = ref_log_prob - log_prob, zero = constant<V>(0);
   if (straight_through) return -raw;
-  const V d = clamped(raw, range.ratio_low, range.ratio_high), value = kl_raw<E>(d);
+  const V d = clamped(raw, range.ratio_low, range.ratio_high), value = kl_raw<E>(d, range.bounded);
   const auto outside = (raw < range.ratio_low) | (raw > range.ratio_high) | (value < range.value_low) | (value > range.value_high);
-  return outside ? zero : kl_raw_grad<E>(d);
+  return outside ? zero : kl_raw_grad<E>(d, range.bounded);
 }
 
 // f.template operator()<E>() for the estimator chosen at run time: the choice stays outside the loops.

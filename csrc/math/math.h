@@ -153,6 +153,15 @@ RLKERN_HD V exp_bounded(V x) {
     return fused(e.power, e.near(), e.power);
   }
 }
+template <class V>
+RLKERN_HD V expm1_bounded(V x) {
+  if constexpr (Ops<V>::kDouble) {
+    return Ops<V>::map(x, [](double v) { return ::expm1(v); });
+  } else {
+    const Reduced<V> e = reduce_bounded(x, 0);
+    return fused(e.power, e.near(), e.power - constant<V>(1));
+  }
+}
 // exp(x) - 1 = 2 (h near + h - 1/2) with h = 2^(n - 1), which does not overflow where 2^n does. Below -86 it is -1.
 template <class V>
 RLKERN_HD V expm1_of(V x) {
@@ -164,8 +173,17 @@ RLKERN_HD V expm1_of(V x) {
     return half + half;
   }
 }
-// exp(x) - 1 - x without the cancellation at 0: for n = 0 every term but the polynomial's tail is exactly 0. Infinite at
-// both infinities.
+// exp(x) - 1 - x for |x| <= 86, without the cancellation at 0: for n = 0 every term but the polynomial's tail is exactly 0.
+template <class V>
+RLKERN_HD V exp_minus_1_minus_bounded(V x) {
+  if constexpr (Ops<V>::kDouble) {
+    return Ops<V>::map(x, [](double v) { return tail_of_exp(v); });
+  } else {
+    const Reduced<V> e = reduce_bounded(x, 0);
+    return fused(e.power, e.tail(), fused(e.power, e.r, (e.power - constant<V>(1)) - x));
+  }
+}
+// The same for every x, infinite at both infinities.
 template <class V>
 RLKERN_HD V exp_minus_1_minus(V x) {
   if constexpr (Ops<V>::kDouble) {
