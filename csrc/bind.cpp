@@ -13,9 +13,9 @@
 using namespace rlkern;
 
 namespace rlkern {
-#define RLKERN_TABLE(isa)      \
-  namespace isa {              \
-  extern const Kernels table;  \
+#define RLKERN_TABLE(isa)     \
+  namespace isa {             \
+  extern const Kernels table; \
   }
 RLKERN_ISAS(RLKERN_TABLE)
 }  // namespace rlkern
@@ -57,16 +57,16 @@ double gae_fwd(Tokens rewards, Tokens values, Tokens mask, PerRow bootstrap, Per
                Tokens advantages, Tokens returns, int threads) {
   const WhitenOptions options = whiten ? whiten_options(*whiten, eps) : WhitenOptions{};
   const KlOptions estimator = kl_options(kl, kl_range);
-  return run(&Kernels::scan_fwd, ScanArgs{rows_of(rewards, packed), rewards, values, mask, bootstrap, lam_row, old_log_prob, ref_log_prob, advantages,
-                                          returns, masked, gamma, lam, kl_coef, estimator, whiten.has_value(), options, threads});
+  return run(&Kernels::scan_fwd, ScanArgs{rows_of(rewards, packed), rewards, values, mask, bootstrap, lam_row, old_log_prob, ref_log_prob, advantages, returns,
+                                          masked, gamma, lam, kl_coef, estimator, whiten.has_value(), options, threads});
 }
 double returns_fwd(Tokens rewards, Tokens mask, PerRow bootstrap, Tokens old_log_prob, Tokens ref_log_prob, Packed packed, Masked masked, double gamma,
                    double kl_coef, const std::string& kl, const Range& kl_range, const Flags& whiten, double eps, Tokens advantages, Tokens returns,
                    int threads) {
   const WhitenOptions options = whiten ? whiten_options(*whiten, eps) : WhitenOptions{};
   const KlOptions estimator = kl_options(kl, kl_range);
-  return run(&Kernels::scan_fwd, ScanArgs{rows_of(rewards, packed), rewards, Operand{}, mask, bootstrap, Operand{}, old_log_prob, ref_log_prob,
-                                          advantages, returns, masked, gamma, 0, kl_coef, estimator, whiten.has_value(), options, threads});
+  return run(&Kernels::scan_fwd, ScanArgs{rows_of(rewards, packed), rewards, Operand{}, mask, bootstrap, Operand{}, old_log_prob, ref_log_prob, advantages,
+                                          returns, masked, gamma, 0, kl_coef, estimator, whiten.has_value(), options, threads});
 }
 double gae_bwd(Tokens grad_advantages, Tokens grad_returns, Tokens mask, PerRow lam_row, Packed packed, Masked masked, double gamma, double lam,
                const std::array<bool, 3>&, Tokens d_rewards, Tokens d_values, PerRow d_bootstrap, int threads) {
@@ -83,7 +83,8 @@ double affine_scan(Tokens decay, PerRow decay_row, Tokens x, PerRow initial, Pac
 }
 double affine_scan_bwd(Tokens grad, Tokens decay, PerRow decay_row, Tokens y, PerRow initial, Packed packed, double decay_value, bool reverse,
                        const std::array<bool, 3>&, Tokens d_x, Tokens d_decay, PerRow d_initial, int threads) {
-  return run(&Kernels::affine_scan_bwd, AffineGradArgs{rows_of(y, packed), either(decay, decay_row), y, initial, grad, d_decay, d_x, d_initial, decay_value, reverse, threads});
+  return run(&Kernels::affine_scan_bwd,
+             AffineGradArgs{rows_of(y, packed), either(decay, decay_row), y, initial, grad, d_decay, d_x, d_initial, decay_value, reverse, threads});
 }
 
 // ---- groups: `ids` serves the reference only ------------------------------------------------------------------------
@@ -177,7 +178,8 @@ double scale_fwd(Tokens x, Tokens factor, py::handle, Tokens out, int threads) {
 template <Reduce kind>
 double masked_reduce(Tokens values, Tokens mask, bool by_row, bool unbiased, bool, Tokens result, Tokens moments, int threads) {
   const Operand first = kind == Reduce::moments ? Operand{} : result;
-  return run(&Kernels::masked_reduce, ReduceArgs{rows_of(values, {}), values, mask, first, kind == Reduce::moments ? result : moments, kind, by_row, unbiased, threads});
+  return run(&Kernels::masked_reduce,
+             ReduceArgs{rows_of(values, {}), values, mask, first, kind == Reduce::moments ? result : moments, kind, by_row, unbiased, threads});
 }
 template <Reduce kind>
 double masked_reduce_bwd(Tokens grad, Tokens values, Tokens mask, Tokens moments, bool by_row, bool unbiased, Tokens d_values, int threads) {
@@ -190,16 +192,16 @@ double whiten_fwd(Tokens values, Tokens mask, const WhitenFlags& flags, double e
 }
 template <bool by_row>
 double whiten_bwd(Tokens grad, Tokens values, Tokens mask, Tokens moments, const WhitenFlags& flags, double eps, Tokens d_values, int threads) {
-  return run(&Kernels::whiten_bwd, WhitenGradArgs{rows_of(values, {}), grad, values, mask, moments, d_values, Operand{}, by_row, false, by_row,
-                                                  whiten_options(flags, eps), threads});
+  return run(&Kernels::whiten_bwd,
+             WhitenGradArgs{rows_of(values, {}), grad, values, mask, moments, d_values, Operand{}, by_row, false, by_row, whiten_options(flags, eps), threads});
 }
 double whiten_apply(Tokens values, Tokens mask, Tokens moments, const WhitenFlags& flags, double eps, bool by_row, Tokens out, int threads) {
   return run(&Kernels::whiten_fwd, WhitenArgs{rows_of(values, {}), values, mask, moments, out, by_row, true, false, whiten_options(flags, eps), threads});
 }
-double whiten_apply_bwd(Tokens grad, Tokens values, Tokens mask, Tokens moments, const WhitenFlags& flags, double eps, bool by_row,
-                        const std::array<bool, 2>&, Tokens d_values, Tokens d_moments, int threads) {
-  return run(&Kernels::whiten_bwd, WhitenGradArgs{rows_of(values, {}), grad, values, mask, moments, d_values, d_moments, by_row, true, false,
-                                                  whiten_options(flags, eps), threads});
+double whiten_apply_bwd(Tokens grad, Tokens values, Tokens mask, Tokens moments, const WhitenFlags& flags, double eps, bool by_row, const std::array<bool, 2>&,
+                        Tokens d_values, Tokens d_moments, int threads) {
+  return run(&Kernels::whiten_bwd,
+             WhitenGradArgs{rows_of(values, {}), grad, values, mask, moments, d_values, d_moments, by_row, true, false, whiten_options(flags, eps), threads});
 }
 
 }  // namespace

@@ -58,9 +58,7 @@ struct Packed {              // cu_seqlens (rows + 1,), int64, or None
   const int64_t* cu = nullptr;
   int64_t count = 0;
 };
-inline Rows rows_of(const Operand& x, const Packed& packed) {
-  return packed.cu ? Rows{packed.count, 0, packed.cu} : Rows{x.rows, x.cols, nullptr};
-}
+inline Rows rows_of(const Operand& x, const Packed& packed) { return packed.cu ? Rows{packed.count, 0, packed.cu} : Rows{x.rows, x.cols, nullptr}; }
 
 // The words of the public API, in the order of their enums (rlkern/types.py lists them for Python).
 template <class E, size_t N>
@@ -99,9 +97,7 @@ inline KlOptions kl_options(const std::string& name, const std::array<double, 4>
 }
 
 // (unbiased, floor, shift_mean, scale, mask_output) and eps.
-inline WhitenOptions whiten_options(const std::array<bool, 5>& flags, double eps) {
-  return {flags[0], flags[1], flags[2], flags[3], flags[4], eps};
-}
+inline WhitenOptions whiten_options(const std::array<bool, 5>& flags, double eps) { return {flags[0], flags[1], flags[2], flags[3], flags[4], eps}; }
 
 }  // namespace rlkern
 

@@ -74,9 +74,7 @@ class Policy(nn.Module):
         nn.init.normal_(self.embed.weight, std=0.5)
         self.heads, self.side = heads, width // heads
 
-    def forward(
-        self, ids: Tensor, position: Tensor, mask: Tensor | None = None, caches: Sequence[Tensor] = (), at: int = 0
-    ) -> Tensor:
+    def forward(self, ids: Tensor, position: Tensor, mask: Tensor | None = None, caches: Sequence[Tensor] = (), at: int = 0) -> Tensor:
         rate = 1000.0 ** (-torch.arange(0, 1, 2 / self.side))
         x, angle = self.embed(ids), position[..., None] * rate
         for i, block in enumerate(self.blocks):
@@ -137,17 +135,13 @@ class Episode:
 
 
 @torch.no_grad()
-def generate(
-    policy: Policy, episodes: list[Episode], limit: int, temperature: float, rng: torch.Generator | None
-) -> list[Episode]:
+def generate(policy: Policy, episodes: list[Episode], limit: int, temperature: float, rng: torch.Generator | None) -> list[Episode]:
     """Grow all episodes in bfloat16 with a key-value cache; without a generator take the likeliest token."""
     sampler = copy.deepcopy(policy).to(torch.bfloat16)
     width, count = max(len(e.prompt) for e in episodes), len(episodes)
     lead = torch.tensor([width - len(e.prompt) for e in episodes])
     ids = torch.tensor([[PAD] * (width - len(e.prompt)) + e.prompt for e in episodes])
-    caches = [
-        torch.zeros(2, count, policy.heads, width + limit, policy.side, dtype=torch.bfloat16) for _ in policy.blocks
-    ]
+    caches = [torch.zeros(2, count, policy.heads, width + limit, policy.side, dtype=torch.bfloat16) for _ in policy.blocks]
     place = torch.arange(width + limit)
     keep = place >= lead[:, None]
     # Padding attends to itself: a row of scores without a single key would be NaN.

@@ -54,8 +54,7 @@ class Pool {
     }
     wake_.notify_all();
     job->work();
-    for (int spins = 0; job->done.load(std::memory_order_acquire) < job->chunks; ++spins)
-      spins < kSpins ? pause_briefly() : std::this_thread::yield();
+    for (int spins = 0; job->done.load(std::memory_order_acquire) < job->chunks; ++spins) spins < kSpins ? pause_briefly() : std::this_thread::yield();
     std::lock_guard<std::mutex> lock(mutex_);
     job_.reset();
     return true;

@@ -18,8 +18,8 @@ struct Rewards {
   bool zero;
   const ScanArgs& args;
   Rewards(const ScanArgs& a, int64_t r)
-      : reward(a.rewards, a.rows, r), old_log_prob(a.old_log_prob, a.rows, r), ref_log_prob(a.ref_log_prob, a.rows, r),
-        zero(a.masked == Masked::zero), args(a) {}
+      : reward(a.rewards, a.rows, r), old_log_prob(a.old_log_prob, a.rows, r), ref_log_prob(a.ref_log_prob, a.rows, r), zero(a.masked == Masked::zero),
+        args(a) {}
   bool direct() const { return reward.direct() && args.kl.estimator == Kl::none; }
   Vec<A> operator()(Direct way, int64_t i, int64_t n, uint32_t m) const { return zero ? reward.valid(way, i, n, m) : reward(way, i, n); }
   Vec<A> operator()(Any way, int64_t i, int64_t n, uint32_t m) const {

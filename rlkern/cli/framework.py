@@ -214,9 +214,9 @@ def policy_loss(
     loss = aggregate(torch.where(advantages < 0, lower, upper), mask, mode)
     over = (upper > bound) * (advantages < 0)
     metrics = {
-        "actor/pg_clipfrac": masked_mean((clipped > plain).float(), mask).item(),
+        "actor/pg_clipfrac": masked_mean((clipped > plain).to(plain.dtype), mask).item(),
         "actor/ppo_kl": masked_mean(-x, mask).detach().item(),
-        "actor/pg_clipfrac_lower": masked_mean(over.float(), mask).item(),
+        "actor/pg_clipfrac_lower": masked_mean(over.to(plain.dtype), mask).item(),
     }
     return loss, metrics
 
@@ -227,4 +227,4 @@ def value_loss(
     inside = torch.minimum(torch.maximum(vpreds, values - clip), values + clip)
     plain, clipped = (vpreds - returns) ** 2, (inside - returns) ** 2
     loss = 0.5 * aggregate(torch.maximum(plain, clipped), mask, mode)
-    return loss, masked_mean((clipped > plain).float(), mask)
+    return loss, masked_mean((clipped > plain).to(plain.dtype), mask)

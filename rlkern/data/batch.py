@@ -176,10 +176,7 @@ def save_batch(path: str | Path, batch: RolloutBatch) -> None:
         raise FileNotFoundError(complaint(op, "path", what, repr(str(path)), way_out))
     # One copy each: the format wants contiguous CPU memory and refuses two names for one tensor, which verl's bypass
     # mode has.
-    tensors = {
-        name: torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
-        for name, tensor in batch.tensors().items()
-    }
+    tensors = {name: torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach()) for name, tensor in batch.tensors().items()}
     metadata = {"uid": json.dumps(batch.uid.tolist()), "meta": json.dumps(batch.meta)}
     metadata["format_version"] = json.dumps(FORMAT_VERSION)
     temporary = path.with_name(f".{path.name.lstrip('.')}.{os.getpid()}.tmp")
@@ -215,9 +212,7 @@ def refuse_unknown(op: str, names: Iterable[str], allowed: tuple[str, ...]) -> N
     unknown = sorted(set(names) - set(allowed))
     if unknown:
         got = f"also {', '.join(unknown)}"
-        raise ValueError(
-            complaint(op, "fields", f"be among {', '.join(allowed)}", got, "Rename them or leave them out.")
-        )
+        raise ValueError(complaint(op, "fields", f"be among {', '.join(allowed)}", got, "Rename them or leave them out."))
 
 
 def label_array(labels: Iterable[Any]) -> Uid:

@@ -53,9 +53,7 @@ class Capture:
     def __enter__(self) -> Capture:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.steps = self.written
 
     def __call__(self, batch: RolloutBatch | Mapping[str, Any] | None = None, /, **more: Any) -> Path | None:
