@@ -56,7 +56,7 @@ def wants_grad(*tensors: Tensor | None) -> bool:
     """Is any of them recorded by autograd?"""
     if not torch.is_grad_enabled():
         return False
-    for x in tensors:  # noqa: SIM110: any() over a generator takes three times as long, in every call
+    for x in tensors:  # noqa: SIM110  (any() over a generator takes three times as long)
         if x is not None and x.requires_grad:
             return True
     return False

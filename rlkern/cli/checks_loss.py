@@ -76,9 +76,9 @@ def _policy_check(mode: Any, fused: bool = False) -> Check:
 
     def ours(d: Data) -> Outputs:
         if fused:
-            result = rlkern.policy_loss_and_grad(d.old, wanted(d.new), d.advantages, d.mask, loss_agg_mode=mode)
-            named = {k: _number(v) for k, v in result.metrics.as_dict().items() if k.startswith("actor/p")}
-            return {"loss": result.loss, "d_log_prob": valid(result.d_log_prob, d)} | named
+            both = rlkern.policy_loss_and_grad(d.old, wanted(d.new), d.advantages, d.mask, loss_agg_mode=mode)
+            named = {k: _number(v) for k, v in both.metrics.as_dict().items() if k.startswith("actor/p")}
+            return {"loss": both.loss, "d_log_prob": valid(both.d_log_prob, d)} | named
         leaf = leaf_of(d)
         result = rlkern.policy_loss(d.old, leaf, d.advantages, d.mask, loss_agg_mode=mode)
         return _policy((result.loss, result.metrics), leaf, d)

@@ -200,6 +200,11 @@ def aggregate(loss: Tensor, mask: Tensor, mode: str) -> Tensor:
     return mean / loss.shape[-1] if mode == "seq-mean-token-sum-norm" else mean
 
 
+def _flags(held: Tensor, like: Tensor) -> Tensor:
+    """Truths as numbers: float32 as in verl, float64 where the exact answer is wanted."""
+    return held.to(torch.promote_types(like.dtype, torch.float32))
+
+
 def policy_loss(
     old: Tensor, log_prob: Tensor, advantages: Tensor, mask: Tensor, mode: str = "token-mean", clip: float = 0.2
 ) -> tuple[Tensor, dict[str, Any]]:
@@ -214,9 +219,9 @@ def policy_loss(
     loss = aggregate(torch.where(advantages < 0, lower, upper), mask, mode)
     over = (upper > bound) * (advantages < 0)
     metrics = {
-        "actor/pg_clipfrac": masked_mean((clipped > plain).to(plain.dtype), mask).item(),
+        "actor/pg_clipfrac": masked_mean(_flags(clipped > plain, plain), mask).item(),
         "actor/ppo_kl": masked_mean(-x, mask).detach().item(),
-        "actor/pg_clipfrac_lower": masked_mean(over.to(plain.dtype), mask).item(),
+        "actor/pg_clipfrac_lower": masked_mean(_flags(over, plain), mask).item(),
     }
     return loss, metrics
 
@@ -227,4 +232,4 @@ def value_loss(
     inside = torch.minimum(torch.maximum(vpreds, values - clip), values + clip)
     plain, clipped = (vpreds - returns) ** 2, (inside - returns) ** 2
     loss = 0.5 * aggregate(torch.maximum(plain, clipped), mask, mode)
-    return loss, masked_mean((clipped > plain).to(plain.dtype), mask)
+    return loss, masked_mean(_flags(clipped > plain, plain), mask)
