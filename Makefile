@@ -11,7 +11,7 @@ ASAN := build/asan
 export PATH := $(BIN):$(PATH)
 unexport PYTHONPATH
 
-.PHONY: help run test bench lint asan sass cuda-build gpu
+.PHONY: help run test bench lint asan pure sass cuda-build gpu
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -41,6 +41,12 @@ asan: $(VENV)/.installed ## the tests under AddressSanitizer and UBSan, less pac
 	PYTHONPATH=$(CURDIR)/$(ASAN) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	$(BIN)/pytest -k "not registers" --ignore tests/test_packaging.py --ignore tests/test_bans.py $(PYTEST_ARGS)
+
+pure: $(VENV)/.installed ## the tests on the pure-Python package (RLKERN_NATIVE=0), which has the torch backend alone
+	rm -rf build/pure build/lib*
+	RLKERN_NATIVE=0 $(BIN)/pip install -q --no-build-isolation --no-deps --target build/pure .
+	rm -rf build/lib*
+	PYTHONPATH=$(CURDIR)/build/pure $(BIN)/pytest --ignore tests/test_packaging.py --ignore tests/test_bans.py $(PYTEST_ARGS)
 
 sass: ## machine code of the GPU kernels (not in this release)
 	@echo "make sass: this release has no Triton or CUDA kernel whose machine code could be checked."; exit 1
