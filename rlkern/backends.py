@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import logging
 import os
@@ -24,10 +25,8 @@ logger = logging.getLogger("rlkern")
 native: ModuleType | None = None
 native_error = ""
 try:
-    from rlkern import _C
-
-    _C.register_dtypes(_DTYPES)
-    native = _C
+    native = importlib.import_module("rlkern._C")
+    native.register_dtypes(_DTYPES)
 except ImportError as error:  # pure-Python install: `rlkern info` and `why_not` give the reason
     native_error = f"the native module is not there ({error}); install with a C++17 compiler and without RLKERN_NATIVE=0"
 

@@ -21,6 +21,7 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("rlkern")
+torch.set_num_threads(1)  # small tensors all over: a second thread costs more than it gives; test_native asks for more
 
 
 def reasons(backend: str) -> list[str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an installation may and may not bring along: names, weak symbols, libgomp, pins."""
+"""What an installation may and may not bring along: names, weak symbols, libraries, pins."""
 
 import importlib
 import importlib.metadata
@@ -73,7 +73,7 @@ def test_packaging_files(installed: importlib.metadata.Distribution) -> None:
 
 
 def test_packaging_native_module(installed: importlib.metadata.Distribution) -> None:
-    """At most 10 MB; libgomp by its plain soname, so that torch's copy, loaded first, serves both."""
+    """At most 10 MB; neither torch nor a thread runtime of its own is linked."""
     found = [f for f in installed.files or [] if re.fullmatch(r"rlkern/_C\..*\.so", str(f))]
     if not found:
         pytest.skip("a pure-Python installation")
@@ -81,8 +81,8 @@ def test_packaging_native_module(installed: importlib.metadata.Distribution) -> 
     assert module.stat().st_size <= 10 << 20
     if shutil.which("readelf"):
         dynamic = run("readelf", "-d", module)
-        assert re.search(r"NEEDED.*\[libgomp\.so\.1\]", dynamic)
-        assert not re.search(r"NEEDED.*(torch|c10)|RPATH|RUNPATH", dynamic)
+        assert "NEEDED" in dynamic
+        assert not re.search(r"NEEDED.*(torch|c10|gomp)|RPATH|RUNPATH", dynamic)
 
 
 # ---- a pure-Python wheel ---------------------------------------------------------------------------------------------

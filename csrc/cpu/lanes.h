@@ -249,6 +249,16 @@ struct MaskRow {
   }
 };
 
+// Rows of about `work` elements each; short jobs stay on the calling thread (a fork costs more than they do).
+template <class F>
+inline void parallel_rows(int64_t rows, int64_t total, int threads, F&& f) {
+  constexpr int64_t kSerial = 1 << 17, kChunk = 1 << 15;  // elements; measured in docs/performance.md
+  const int64_t per_row = rows > 0 ? total / rows + 1 : 1;
+  const int64_t grain = kChunk / per_row > 1 ? kChunk / per_row : 1;
+  auto call = [](void* g, int64_t begin, int64_t end) { (*static_cast<F*>(g))(begin, end); };
+  parallel_chunks(rows, grain, total < kSerial ? 1 : threads, call, const_cast<void*>(static_cast<const void*>(&f)));
+}
+
 // Zeroed memory for one call. Not std::vector: its code would be shared between ISAs by the linker.
 template <class T>
 struct Scratch {
