@@ -36,17 +36,21 @@ struct Rewards {
   }
 };
 
+// Will the output that whitening reads back still be in the cache then?
+bool stays_cached(const ScanArgs& a) { return !worth_streaming(a.rows.total(), bytes_of(a.returns.dtype)); }
+
 template <class A, bool Stats>
-void gae_row(const ScanArgs& a, int64_t r, bool stream, MomentLanes<A>& moments) {
+void gae_row(const ScanArgs& a, int64_t r, bool stream, Moments* moments) {
   constexpr int W = kLanes<A>;
   const double lam = a.lam ? row_value<double>(a.lam, r) : a.lam_value;
   const Powers<A, true> power(A(a.gamma * lam));
   const Rewards<A> rewards(a, r);
   const Column<A> values(a.values, a.rows, r);
   const MaskRow mask(a.mask, a.rows, r);
-  const OutColumn<A> advantages(a.advantages, a.rows, r, stream), returns(a.returns, a.rows, r, stream);
+  const OutColumn<A> advantages(a.advantages, a.rows, r, stream && !(Stats && stays_cached(a))), returns(a.returns, a.rows, r, stream);
   const Vec<A> gamma = splat(A(a.gamma)), zero{}, one = splat(A(1));
   const bool skip = a.masked == Masked::skip, zeroed = a.masked == Masked::zero;
+  MomentLanes<A> stats;
   A y0 = 0, next_value = a.bootstrap ? row_value<A>(a.bootstrap, r) : A(0);
   const bool direct = rewards.direct() && values.direct() && mask.direct() && advantages.direct() && returns.direct();
   for_lanes<A, true>(a.rows.len(r), direct, [&](auto way, int64_t i, int64_t n) RLKERN_INLINE {
@@ -67,10 +71,11 @@ void gae_row(const ScanArgs& a, int64_t r, bool stream, MomentLanes<A>& moments)
       y = affine_lanes<A, true>(blend(live, power.g1, one), blend(live, delta, zero), y0);
       next_value = latest[0], y0 = y[0];
     }
-    if (Stats) moments.add(y, m);
+    if (Stats) stats.add(y, m);
     advantages(way, i, n, y);
     returns(way, i, n, y + v);
   });
+  if (Stats) *moments = stats.total();
 }
 
 // ---- discounted returns: one function a mask rule ------------------------------------------------------------------
@@ -123,12 +128,13 @@ struct Returns {
 };
 
 template <class A, bool Stats>
-void returns_row(const ScanArgs& a, int64_t r, bool stream, MomentLanes<A>& moments, uint16_t* kept) {
+void returns_row(const ScanArgs& a, int64_t r, bool stream, Moments* moments, uint16_t* kept) {
   constexpr int W = kLanes<A>;
   const Powers<A, true> power{A(a.gamma)};
   const Rewards<A> rewards(a, r);
   const MaskRow mask(a.mask, a.rows, r);
-  const OutColumn<A> returns(a.returns, a.rows, r, stream);
+  const OutColumn<A> returns(a.returns, a.rows, r, stream && !(Stats && stays_cached(a)));
+  MomentLanes<A> stats;
   Returns<A> step{power, a.bootstrap ? row_value<A>(a.bootstrap, r) : A(0), 0};
   const bool one_rule = a.masked != Masked::turn && a.masked != Masked::reset;  // the direct loop holds no call
   const bool direct = one_rule && rewards.direct() && mask.direct() && returns.direct();
@@ -143,20 +149,22 @@ void returns_row(const ScanArgs& a, int64_t r, bool stream, MomentLanes<A>& mome
       else if (a.masked == Masked::reset) out = step.reset(reward, m, n);
       else out = step.skip(reward, a.masked == Masked::skip ? m : inside);
     }
-    if (Stats) moments.add(out, m);
+    if (Stats) stats.add(out, m);
     if (kept) kept[i / W] = static_cast<uint16_t>(m);
     returns(way, i, n, out);
   });
+  if (Stats) *moments = stats.total();
 }
 
-// ---- whitening: advantages := whitened advantages (GAE) or masked whitened returns (REINFORCE++), read back once -----
+// ---- whitening: advantages := whitened advantages (GAE) or masked whitened returns (REINFORCE++), read back once, upwards: the
+// first sweep came down, so the rows it left last are the ones still in the cache.
 template <class A>
 void whiten_row(const ScanArgs& a, int64_t r, bool stream, const WhitenScale<Vec<A>, A>& scale, const uint16_t* kept) {
   constexpr int W = kLanes<A>;
   const Column<A> from(a.values ? a.advantages : a.returns, a.rows, r);
   const MaskRow mask(a.mask, a.rows, r);
   const OutColumn<A> advantages(a.advantages, a.rows, r, stream && !a.values);  // in place through the cache
-  for_lanes<A, true>(a.rows.len(r), from.direct() && mask.direct() && advantages.direct(), [&](auto way, int64_t i, int64_t n) RLKERN_INLINE {
+  for_lanes<A, false>(a.rows.len(r), from.direct() && mask.direct() && advantages.direct(), [&](auto way, int64_t i, int64_t n) RLKERN_INLINE {
     Vec<A> y = scale(from(way, i, n));
     if (a.whiten_options.mask_output) y = blend(kept ? kept[i / W] : mask.template lanes<W>(way, i, n), y, Vec<A>{});
     advantages(way, i, n, y);
@@ -173,10 +181,9 @@ double scan_all(const ScanArgs& a) {
   const KeptLanes kept(a.rows, kLanes<A>, lanes.data);
   parallel_rows(a.rows.count, total, a.threads, [&](int64_t begin, int64_t end) {
     for (int64_t r = end - 1; r >= begin; --r) {
-      MomentLanes<A> row;
-      if (a.values) a.whiten ? gae_row<A, true>(a, r, stream, row) : gae_row<A, false>(a, r, stream, row);
-      else a.whiten ? returns_row<A, true>(a, r, stream, row, keep ? kept.row(r) : nullptr) : returns_row<A, false>(a, r, stream, row, nullptr);
-      if (a.whiten) moments.data[r] = row.total();
+      Moments* row = a.whiten ? moments.data + r : nullptr;
+      if (a.values) a.whiten ? gae_row<A, true>(a, r, stream, row) : gae_row<A, false>(a, r, stream, nullptr);
+      else a.whiten ? returns_row<A, true>(a, r, stream, row, keep ? kept.row(r) : nullptr) : returns_row<A, false>(a, r, stream, nullptr, nullptr);
     }
     if (stream) stream_fence();
   });
@@ -186,7 +193,7 @@ double scan_all(const ScanArgs& a) {
   if (all.count <= (a.whiten_options.unbiased ? 1 : 0)) return all.count;  // the caller refuses
   const WhitenScale<Vec<A>, A> scale(all, a.whiten_options);
   parallel_rows(a.rows.count, total, a.threads, [&](int64_t begin, int64_t end) {
-    for (int64_t r = end - 1; r >= begin; --r) whiten_row<A>(a, r, stream, scale, keep ? kept.row(r) : nullptr);
+    for (int64_t r = begin; r < end; ++r) whiten_row<A>(a, r, stream, scale, keep ? kept.row(r) : nullptr);
     if (stream) stream_fence();
   });
   return all.count;
