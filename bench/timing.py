@@ -16,7 +16,9 @@ from rlkern import backends
 
 COPY = 64 << 20  # bytes per side: far beyond any last-level cache that matters here
 COLLAPSED = 0.7  # of the median bandwidth: a neighbour had the machine
-INNER = 300e-6  # seconds; a shorter call is repeated until a sample takes this long
+# Seconds that a sample lasts; a shorter call is repeated. Data that must be cold comes from rotating sets, so that a longer
+# sample leaves it cold while code, allocator and interpreter are as warm as in a loop over micro-batches.
+HOT, COLD = 300e-6, 8e-3
 
 
 class Bandwidth:
@@ -91,13 +93,13 @@ def _sample(call: Candidate, sets: Sequence[Any], turn: int, inner: int, hot: bo
     return (time.perf_counter() - start) / inner
 
 
-def _inner(call: Candidate, sets: Sequence[Any]) -> int:
+def _inner(call: Candidate, sets: Sequence[Any], hot: bool) -> int:
     """Warm up, and choose how many calls make a sample."""
     call(sets[0])
-    seconds = _seconds(lambda: call(sets[-1]), 1)
-    if seconds < INNER:
+    wanted, seconds = HOT if hot else COLD, _seconds(lambda: call(sets[-1]), 1)
+    if seconds < wanted:
         seconds = _seconds(lambda: call(sets[0]), 5)
-    return max(1, min(int(INNER / max(seconds, 1e-7)), 1000))
+    return max(1, min(int(wanted / max(seconds, 1e-7)), 1000))
 
 
 def interleave(
@@ -112,10 +114,12 @@ def interleave(
 
     Returns each candidate's samples, and how many rounds were dropped because the bandwidth had collapsed.
     """
-    found = {name: Samples(inner=_inner(call, sets)) for name, call in candidates.items()}
+    found = {name: Samples(inner=_inner(call, sets, hot)) for name, call in candidates.items()}
     moments: list[tuple[float, dict[str, float]]] = []
     for turn in range(rounds):
-        due = [name for name, s in found.items() if s.spent < budget or turn < 3]
+        names = list(found)  # a new one first in each round: what follows the copies starts with empty caches
+        names = names[turn % len(names) :] + names[: turn % len(names)]
+        due = [name for name in names if found[name].spent < budget or turn < 3]
         before = bandwidth.measure()
         taken = {}
         for name in due:
