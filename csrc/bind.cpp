@@ -140,13 +140,13 @@ double kl_penalty_bwd(Tokens grad, Tokens log_prob, Tokens ref_log_prob, const s
                       Tokens d_log_prob, Tokens d_ref_log_prob, int threads) {
   return run(&Kernels::kl, KlArgs{log_prob, ref_log_prob, grad, Operand{}, d_log_prob, d_ref_log_prob, kl_options(kl, kl_range), threads});
 }
-double shape_rewards_fwd(Tokens rewards, PerRow scores, Tokens old_log_prob, Tokens ref_log_prob, Tokens mask, double kl_coef, const std::string& kl,
-                         const Range& kl_range, const std::array<double, 2>& clip, Tokens out, int threads) {
-  return run(&Kernels::shape_rewards, RewardArgs{rows_of(old_log_prob, {}), either(rewards, scores), old_log_prob, ref_log_prob, mask, out,
+double shape_rewards_fwd(Tokens rewards, PerRow scores, Tokens old_log_prob, Tokens ref_log_prob, Tokens mask, Packed packed, double kl_coef,
+                         const std::string& kl, const Range& kl_range, const std::array<double, 2>& clip, Tokens out, int threads) {
+  return run(&Kernels::shape_rewards, RewardArgs{rows_of(old_log_prob, packed), either(rewards, scores), old_log_prob, ref_log_prob, mask, out,
                                                  static_cast<bool>(scores), kl_coef, clip[0], clip[1], kl_options(kl, kl_range), threads});
 }
-double shape_rewards_bwd(Tokens grad, PerRow scores, Tokens mask, const std::array<double, 2>& clip, PerRow d_scores, int threads) {
-  return run(&Kernels::shape_rewards_bwd, RewardGradArgs{rows_of(grad, {}), grad, scores, mask, d_scores, clip[0], clip[1], threads});
+double shape_rewards_bwd(Tokens grad, PerRow scores, Tokens mask, Packed packed, const std::array<double, 2>& clip, PerRow d_scores, int threads) {
+  return run(&Kernels::shape_rewards_bwd, RewardGradArgs{rows_of(grad, packed), grad, scores, mask, d_scores, clip[0], clip[1], threads});
 }
 
 // ---- loss ----------------------------------------------------------------------------------------------------------
@@ -187,13 +187,13 @@ double masked_reduce_bwd(Tokens grad, Tokens values, Tokens mask, Tokens moments
 }
 using WhitenFlags = std::array<bool, 5>;
 template <bool by_row>  // masked_whiten, or masked_normalize
-double whiten_fwd(Tokens values, Tokens mask, const WhitenFlags& flags, double eps, bool, Tokens out, Tokens moments, int threads) {
-  return run(&Kernels::whiten_fwd, WhitenArgs{rows_of(values, {}), values, mask, moments, out, by_row, false, by_row, whiten_options(flags, eps), threads});
+double whiten_fwd(Tokens values, Tokens mask, Packed packed, const WhitenFlags& flags, double eps, bool, Tokens out, Tokens moments, int threads) {
+  return run(&Kernels::whiten_fwd, WhitenArgs{rows_of(values, packed), values, mask, moments, out, by_row, false, by_row, whiten_options(flags, eps), threads});
 }
 template <bool by_row>
-double whiten_bwd(Tokens grad, Tokens values, Tokens mask, Tokens moments, const WhitenFlags& flags, double eps, Tokens d_values, int threads) {
-  return run(&Kernels::whiten_bwd,
-             WhitenGradArgs{rows_of(values, {}), grad, values, mask, moments, d_values, Operand{}, by_row, false, by_row, whiten_options(flags, eps), threads});
+double whiten_bwd(Tokens grad, Tokens values, Tokens mask, Packed packed, Tokens moments, const WhitenFlags& flags, double eps, Tokens d_values, int threads) {
+  return run(&Kernels::whiten_bwd, WhitenGradArgs{rows_of(values, packed), grad, values, mask, moments, d_values, Operand{}, by_row, false, by_row,
+                                                  whiten_options(flags, eps), threads});
 }
 double whiten_apply(Tokens values, Tokens mask, Tokens moments, const WhitenFlags& flags, double eps, bool by_row, Tokens out, int threads) {
   return run(&Kernels::whiten_fwd, WhitenArgs{rows_of(values, {}), values, mask, moments, out, by_row, true, false, whiten_options(flags, eps), threads});

@@ -69,14 +69,14 @@ library.define(
 )
 library.define(
     "_shape_rewards_fwd",
-    "(Tensor? rewards, Tensor? scores, Tensor old_log_prob, Tensor ref_log_prob, Tensor mask, float kl_coef, str kl,"
+    "(Tensor? rewards, Tensor? scores, Tensor old_log_prob, Tensor ref_log_prob, Tensor mask, Tensor? cu_seqlens, float kl_coef, str kl,"
     " float[] kl_range, float[] clip) -> Tensor",
     _reward_alloc,
     reference.shape_rewards,
 )
 library.define(
     "_shape_rewards_bwd",
-    "(Tensor grad, Tensor scores, Tensor mask, float[] clip) -> Tensor",
+    "(Tensor grad, Tensor scores, Tensor mask, Tensor? cu_seqlens, float[] clip) -> Tensor",
     lambda grad, scores, *rest: scores.new_empty(scores.shape),
     reference.shape_rewards_bwd,
 )
@@ -110,22 +110,22 @@ class _KlPenalty(torch.autograd.Function):
 class _ShapeRewards(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rewards: Tensor | None, scores: Tensor | None, *rest: Any) -> Tensor:
-        old, ref, mask, kl_coef, kl, kl_range, clip, backend = rest
-        ctx.rest = (clip, backend, None if rewards is None else rewards.dtype)
+        old, ref, mask, cu, kl_coef, kl, kl_range, clip, backend = rest
+        ctx.rest = (cu, clip, backend, None if rewards is None else rewards.dtype)
         ctx.save_for_backward(scores, mask)
-        args = (rewards, scores, old, ref, mask, kl_coef, kl, kl_range, clip)
+        args = (rewards, scores, old, ref, mask, cu, kl_coef, kl, kl_range, clip)
         out: Tensor = library.call("_shape_rewards_fwd", *args, backend=backend)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         scores, mask = ctx.saved_tensors
-        clip, backend, dtype = ctx.rest
+        cu, clip, backend, dtype = ctx.rest
         if dtype is not None:
-            return (grad.to(dtype), *[None] * 9)
+            return (grad.to(dtype), *[None] * 10)
         if library.wants_double_backward(grad):
-            return (None, reference.shape_rewards_bwd(grad, scores, mask, clip), *[None] * 8)
-        return (None, library.call("_shape_rewards_bwd", check.inner(grad), scores, mask, clip, backend=backend), *[None] * 8)
+            return (None, reference.shape_rewards_bwd(grad, scores, mask, cu, clip), *[None] * 9)
+        return (None, library.call("_shape_rewards_bwd", check.inner(grad), scores, mask, cu, clip, backend=backend), *[None] * 9)
 
 
 # ---- public ops -----------------------------------------------------------------------------------------------------
@@ -207,21 +207,23 @@ def shape_rewards(
     log_ratio_range: Range | str = "verl",
     value_range: Range | str = "verl",
     reward_clip: tuple[float, float] | None = None,
+    cu_seqlens: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     r"""Rewards per token with the KL penalty in them.
 
     Rewards (B, T): R_t - kl_coef * KL_t at valid tokens, R_t elsewhere. Rewards (B,): -kl_coef * KL_t at valid tokens, 0
-    elsewhere, plus the row's reward, clipped, at its last valid token (the last column where a row has none).
+    elsewhere, plus the row's reward, clipped, at its last valid token (its last token where a row has none).
 
     Args:
-        rewards: (B, T) per token, read everywhere (a reward may sit on a masked tool token), or (B,) per row; floating point.
-        old_log_prob: (B, T), nats; not read at masked tokens.
+        rewards: like old_log_prob, read everywhere (a reward may sit on a masked tool token), or (B,) per row; floating point.
+        old_log_prob: (B, T), or packed (N,); nats; not read at masked tokens.
         ref_log_prob: like old_log_prob.
-        mask: (B, T), bool, integer or float; nonzero = trainable token.
+        mask: like old_log_prob, bool, integer or float; nonzero = trainable token.
         kl_coef: weight of the KL, a number.
         kl_penalty, log_ratio_range, value_range: the estimator and its clamps, as in `kl_penalty`.
         reward_clip: (low, high) for rewards (B,), or None.
+        cu_seqlens: (rows + 1,) offsets of packed rows, int32 or int64.
         out: a tensor to write into; not with rewards that require grad.
 
     Returns:
@@ -246,16 +248,19 @@ def shape_rewards(
     """
     op = "shape_rewards"
     check.no_transforms(op, rewards)
-    if not isinstance(old_log_prob, Tensor) or old_log_prob.dim() != 2:
-        raise check.fail(op, "old_log_prob", "be (B, T)", check.describe(old_log_prob), "Give a row of tokens per response.")
+    dims = 2 if cu_seqlens is None else 1
+    if not isinstance(old_log_prob, Tensor) or old_log_prob.dim() != dims:
+        form = "(B, T)" if cu_seqlens is None else "(N,) with cu_seqlens"
+        raise check.fail(op, "old_log_prob", f"be {form}", check.describe(old_log_prob), "Give a row of tokens per response.")
     old, ref, mask = check.tensors(op, old_log_prob, old_log_prob=old_log_prob, ref_log_prob=ref_log_prob, mask=mask)
     check.detached(op, old_log_prob=old, ref_log_prob=ref)
     kl_coef = check.number(op, "kl_coef", kl_coef)
     kl, kl_range = estimator(op, kl_penalty, log_ratio_range, value_range)
     tokens: Tensor | None = None
     scores: Tensor | None = None
-    if isinstance(rewards, Tensor) and rewards.dim() == 1:
-        scores = check.per_row(op, "rewards", rewards, old.shape[0], old)
+    cu = check.lengths(op, cu_seqlens, old)
+    if isinstance(rewards, Tensor) and rewards.dim() == 1 and (cu is None or rewards.shape != old.shape):
+        scores = check.per_row(op, "rewards", rewards, check.rows_of(old, cu), old)
     else:
         tokens = check.tensors(op, old, rewards=rewards)[0]
     clip = [-math.inf, math.inf]
@@ -269,7 +274,7 @@ def shape_rewards(
     backend = pick("_shape_rewards_fwd", old)
     if out is not None:
         out = check.out_tensors(op, out, old, [check.result_dtype(old, ref, tokens, scores, mask)], grad)
-    args = (tokens, scores, old, ref, mask, kl_coef, kl, kl_range, clip)
+    args = (tokens, scores, old, ref, mask, cu, kl_coef, kl, kl_range, clip)
     if grad:
         shaped: Tensor = _ShapeRewards.apply(*args, backend)  # type: ignore[no-untyped-call]
         return shaped

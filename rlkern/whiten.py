@@ -19,10 +19,11 @@ _NOTHING = torch.empty(0)
 
 
 # ---- raw ops --------------------------------------------------------------------------------------------------------
-def _whiten_alloc(by_row: bool, values: Tensor, mask: Any, flags: Any, eps: float, save: bool) -> tuple[Tensor, Tensor]:
+def _whiten_alloc(by_row: bool, values: Tensor, mask: Any, cu: Tensor | None, flags: Any, eps: float, save: bool) -> tuple[Tensor, Tensor]:
     if not save:
         return fresh(values), values.new_empty(0)
-    return fresh(values), values.new_empty((*values.shape[:-1], 3) if by_row else 3, dtype=reference.wide(values))
+    rows = values.shape[:-1] if cu is None else (cu.shape[0] - 1,)
+    return fresh(values), values.new_empty((*rows, 3) if by_row else 3, dtype=reference.wide(values))
 
 
 def _apply_bwd_alloc(grad: Tensor, values: Tensor, mask: Any, moments: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -30,7 +31,7 @@ def _apply_bwd_alloc(grad: Tensor, values: Tensor, mask: Any, moments: Tensor, *
     return values.new_empty(values.shape if need_values else 0), moments.new_empty(moments.shape if need_moments else 0)
 
 
-def _judge_whiten(count: float, values: Tensor, mask: Any, flags: list[bool], eps: float, save: bool) -> None:
+def _judge_whiten(count: float, values: Tensor, mask: Any, cu: Any, flags: list[bool], eps: float, save: bool) -> None:
     check.valid_tokens("masked_whiten", count, flags[0])
 
 
@@ -42,14 +43,14 @@ def _judge_apply(count: float, values: Tensor, mask: Any, moments: Any, flags: l
 for _name, _by_row in (("masked_whiten", False), ("masked_normalize", True)):
     library.define(
         f"_{_name}_fwd",
-        "(Tensor values, Tensor? mask, bool[] flags, float eps, bool save) -> (Tensor, Tensor)",
+        "(Tensor values, Tensor? mask, Tensor? cu_seqlens, bool[] flags, float eps, bool save) -> (Tensor, Tensor)",
         partial(_whiten_alloc, _by_row),
         getattr(reference, _name),
         None if _by_row else _judge_whiten,
     )
     library.define(
         f"_{_name}_bwd",
-        "(Tensor grad, Tensor values, Tensor? mask, Tensor moments, bool[] flags, float eps) -> Tensor",
+        "(Tensor grad, Tensor values, Tensor? mask, Tensor? cu_seqlens, Tensor moments, bool[] flags, float eps) -> Tensor",
         lambda grad, values, *rest: fresh(values),
         getattr(reference, f"{_name}_bwd"),
     )
@@ -73,25 +74,25 @@ class _Whiten(torch.autograd.Function):
     """masked_whiten and masked_normalize."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, mask: Tensor | None, op: str, flags: list[bool], eps: float, backend: int) -> Tensor:
+    def forward(ctx: Any, values: Tensor, mask: Tensor | None, cu: Tensor | None, *rest: Any) -> Tensor:
+        op, flags, eps, backend = ctx.rest = rest
         out: Tensor
-        out, moments = library.call(f"_{op}_fwd", values, mask, flags, eps, True, backend=backend)
-        ctx.rest = (op, flags, eps, backend)
-        ctx.save_for_backward(values, mask, moments)
+        out, moments = library.call(f"_{op}_fwd", values, mask, cu, flags, eps, True, backend=backend)
+        ctx.save_for_backward(values, mask, cu, moments)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        values, mask, moments = ctx.saved_tensors
+        values, mask, cu, moments = ctx.saved_tensors
         op, flags, eps, backend = ctx.rest
         if library.wants_double_backward(grad, values):
 
             def forward(values: Tensor) -> Tensor:
-                out: Tensor = getattr(reference, op)(values, mask, flags, eps, False)[0]
+                out: Tensor = getattr(reference, op)(values, mask, cu, flags, eps, False)[0]
                 return out
 
-            return (*library.differentiate(forward, (values,), (grad,)), *[None] * 5)
-        return (library.call(f"_{op}_bwd", check.inner(grad), values, mask, moments, flags, eps, backend=backend), *[None] * 5)
+            return (*library.differentiate(forward, (values,), (grad,)), *[None] * 6)
+        return (library.call(f"_{op}_bwd", check.inner(grad), values, mask, cu, moments, flags, eps, backend=backend), *[None] * 6)
 
 
 class _WhitenApply(torch.autograd.Function):
@@ -139,8 +140,13 @@ def _out(op: str, out: Tensor | None, values: Tensor, grad: bool) -> Tensor | No
     return as_rows(out)
 
 
-def _whitened(op: str, values: Tensor, mask: Tensor | None, flags: list[bool], eps: float, out: Tensor | None) -> Tensor:
+def _whitened(
+    op: str, values: Tensor, mask: Tensor | None, flags: list[bool], eps: float, out: Tensor | None, cu_seqlens: Tensor | None = None
+) -> Tensor:
     values, mask = checked(op, values, mask)
+    if cu_seqlens is not None:
+        check.batch(op, "values", values, cu_seqlens)
+    cu = check.lengths(op, cu_seqlens, values)
     eps = check.number(op, "eps", eps, 0.0)
     shape, grad = values.shape, check.wants_grad(values)
     into = _out(op, out, values, grad)
@@ -148,12 +154,12 @@ def _whitened(op: str, values: Tensor, mask: Tensor | None, flags: list[bool], e
     backend = pick(f"_{op}_fwd", values)
     result: Tensor
     if out is not None:
-        library.call(f"_{op}_fwd", values, mask, flags, eps, False, backend=backend, out=(into, _NOTHING))
+        library.call(f"_{op}_fwd", values, mask, cu, flags, eps, False, backend=backend, out=(into, _NOTHING))
         return out
     if grad:
-        result = _Whiten.apply(values, mask, op, flags, eps, backend)  # type: ignore[no-untyped-call]
+        result = _Whiten.apply(values, mask, cu, op, flags, eps, backend)  # type: ignore[no-untyped-call]
     else:
-        result = library.call(f"_{op}_fwd", values, mask, flags, eps, False, backend=backend)[0]
+        result = library.call(f"_{op}_fwd", values, mask, cu, flags, eps, False, backend=backend)[0]
     return result if len(shape) in (1, 2) else result.reshape(shape)
 
 
@@ -219,6 +225,7 @@ def masked_normalize(
     eps_mode: EpsMode = "floor",
     scale_by_std: bool = True,
     mask_output: bool = True,
+    cu_seqlens: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     r"""Each row shifted and scaled to mean 0 and variance 1 over its mask.
@@ -227,10 +234,11 @@ def masked_normalize(
     out = (v - mu) rsqrt(max(var, eps)), and 0 where the mask is 0.
 
     Args:
-        values: any shape, floating point; rows are the last dimension. Where the mask is 0 they are not read (unless
-            mask_output is False: then for their own output).
+        values: any shape, floating point; rows are the last dimension, or those of packed (N,). Where the mask is 0 they
+            are not read (unless mask_output is False: then for their own output).
         mask: like values, bool, integer or float; its values are weights. None = all ones.
         unbiased, eps, eps_mode, scale_by_std, mask_output, out: as `masked_whiten`; the defaults are OpenRLHF's.
+        cu_seqlens: (rows + 1,) offsets of packed rows, int32 or int64.
 
     Returns:
         Tensor like values. A row without a valid element is 0.
@@ -254,7 +262,7 @@ def masked_normalize(
         OpenRLHF masked_normalize.
     """
     flags = _flags("masked_normalize", eps_mode, unbiased, True, scale_by_std, mask_output)
-    return _whitened("masked_normalize", values, mask, flags, eps, out)
+    return _whitened("masked_normalize", values, mask, flags, eps, out, cu_seqlens)
 
 
 def whiten_apply(

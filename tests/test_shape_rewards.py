@@ -121,10 +121,10 @@ def test_shape_rewards_rejects(backend):
 
 def test_shape_rewards_registers(backend_number):
     rewards, old, ref, mask = inputs(3, 20)
-    rest = (old, ref, mask, 0.1, "k3", [-20.0, 20.0, -10.0, 10.0], [-1.0, 1.0], backend_number)
+    rest = (old, ref, mask, None, 0.1, "k3", [-20.0, 20.0, -10.0, 10.0], [-1.0, 1.0], backend_number)
     torch.library.opcheck(torch.ops.rlkern._shape_rewards_fwd.default, (rewards, None, *rest))
     torch.library.opcheck(torch.ops.rlkern._shape_rewards_fwd.default, (None, rewards[:, 0], *rest))
-    torch.library.opcheck(torch.ops.rlkern._shape_rewards_bwd.default, (old, rewards[:, 0], mask, [-1.0, 1.0], backend_number))
+    torch.library.opcheck(torch.ops.rlkern._shape_rewards_bwd.default, (old, rewards[:, 0], mask, None, [-1.0, 1.0], backend_number))
 
     def step(x):
         return rlkern.shape_rewards(x, old, ref, mask, kl_coef=0.1).square().sum()
@@ -135,3 +135,28 @@ def test_shape_rewards_registers(backend_number):
             x = r.clone().requires_grad_()
             found.append(torch.autograd.grad(fn(x), x)[0])
         assert torch.equal(*found)
+
+
+def test_shape_rewards_edge_shapes_packed(backend):
+    lengths = [5, 0, 33, 1, 40]
+    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    rewards, old, ref, mask = (x[0] for x in inputs(1, sum(lengths)))
+    mask = mask.clone()
+    mask[38:39] = 0  # a row without a valid token
+    scores = torch.linspace(-2, 2, 5)
+    for awarded in (rewards, scores.requires_grad_()):
+        got = rlkern.shape_rewards(
+            awarded, old, ref, mask, kl_coef=0.1, reward_clip=(-1.5, 9.0) if awarded is scores else None, cu_seqlens=cu
+        )
+        for i, n in enumerate(lengths):
+            row = slice(int(cu[i]), int(cu[i]) + n)
+            if n == 0:
+                continue
+            one = awarded[i : i + 1] if awarded is scores else awarded[None, row]
+            clip = (-1.5, 9.0) if awarded is scores else None
+            alone = rlkern.shape_rewards(one, old[None, row], ref[None, row], mask[None, row], kl_coef=0.1, reward_clip=clip)
+            assert torch.equal(got[row], alone[0])
+    (d,) = torch.autograd.grad((got * torch.arange(79.0)).sum(), scores)
+    assert d[0] == 0  # the clip moved it
+    assert d[1] == 0  # no token
+    assert d[3] == 38

@@ -312,7 +312,7 @@ def test_masked_whiten_registers(backend_number):
     v, m = values(3, 20), ragged_mask(3, 20)
     flags = [True, False, True, True, False]
     moments = rlkern.masked_moments(v, m).stack()
-    registers("masked_whiten", backend_number, (v, m, flags, 1e-8, True), (v, v, m, moments, flags, 1e-8))
+    registers("masked_whiten", backend_number, (v, m, None, flags, 1e-8, True), (v, v, m, None, moments, flags, 1e-8))
 
 
 # ---- masked_normalize -------------------------------------------------------------------------------------------------
@@ -348,7 +348,7 @@ def test_masked_normalize_registers(backend_number):
     v, m = values(3, 20), ragged_mask(3, 20)
     flags = [False, True, True, True, True]
     moments = rlkern.masked_moments(v, m, -1).stack()
-    registers("masked_normalize", backend_number, (v, m, flags, 1e-8, True), (v, v, m, moments, flags, 1e-8))
+    registers("masked_normalize", backend_number, (v, m, None, flags, 1e-8, True), (v, v, m, None, moments, flags, 1e-8))
 
 
 # ---- whiten_apply -----------------------------------------------------------------------------------------------------

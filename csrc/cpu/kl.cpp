@@ -61,7 +61,7 @@ int64_t last_valid(const MaskRow& mask, int64_t length) {
 template <class A, Kl E>
 void reward_row(const RewardArgs& a, int64_t r, bool stream) {
   constexpr int W = kLanes<A>;
-  const int64_t length = a.rows.length;
+  const int64_t length = a.rows.len(r);
   const Column<A> rewards(a.per_row ? Operand{} : a.rewards, a.rows, r), old(a.old_log_prob, a.rows, r), ref(a.ref_log_prob, a.rows, r);
   const MaskRow mask(a.mask, a.rows, r);
   const OutColumn<A> out(a.out, a.rows, r, stream);
@@ -92,10 +92,9 @@ void reward_all(const RewardArgs& a) {
 // d_reward of a row: the cotangent where its reward went, unless the clip moved it.
 template <class A>
 void placed_grad(const RewardGradArgs& a) {
-  const int64_t length = a.rows.length;
   parallel_rows(a.rows.count, a.rows.total(), a.threads, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      const int64_t at = last_valid<A>(MaskRow(a.mask, a.rows, r), length);
+      const int64_t at = last_valid<A>(MaskRow(a.mask, a.rows, r), a.rows.len(r));
       const A reward = row_value<A>(a.rewards, r);
       const bool moved = reward < A(a.clip_low) || reward > A(a.clip_high);
       const A d = moved || at < 0 ? A(0) : Column<A>(a.grad, a.rows, r)(at, 1)[0];

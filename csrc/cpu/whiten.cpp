@@ -68,7 +68,7 @@ void whiten_rows(const WhitenArgs& a) {
     for (int64_t r = begin; r < end; ++r) {
       const Moments m = a.given ? get_moments(a.moments, r) : row_statistics<A, MomentLanes<A>>(a.values, a.mask, a.rows, r);
       if (!a.given) put_moments(a.moments, r, m);
-      apply_piece<A>(a, a.rows, r, 0, a.rows.length, stream, nullptr, a.at_least_one ? over_at_least_one(m) : m);
+      apply_piece<A>(a, a.rows, r, 0, a.rows.len(r), stream, nullptr, a.at_least_one ? over_at_least_one(m) : m);
     }
     if (stream) stream_fence();
   });

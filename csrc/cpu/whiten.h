@@ -138,8 +138,8 @@ constexpr bool kIsSum<SumLanes<A>> = true;
 template <class A, class Lanes>
 inline Moments row_statistics(const Operand& values, const Operand& mask, const Rows& rows, int64_t r, uint16_t* kept = nullptr) {
   Lanes lanes;
-  if (!add_piece<A>(values, mask, rows, r, 0, rows.length, kept, lanes)) return lanes.total();
-  return weighed(!kIsSum<Lanes>, [&](const double* mean) { return weigh_piece(values, mask, rows, r, 0, rows.length, mean); });
+  if (!add_piece<A>(values, mask, rows, r, 0, rows.len(r), kept, lanes)) return lanes.total();
+  return weighed(!kIsSum<Lanes>, [&](const double* mean) { return weigh_piece(values, mask, rows, r, 0, rows.len(r), mean); });
 }
 
 template <class A, class Lanes>

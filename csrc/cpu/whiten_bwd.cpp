@@ -107,8 +107,8 @@ void whiten_as(const WhitenGradArgs& a) {
     return parallel_rows(a.rows.count, a.rows.total(), a.threads, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
         const Moments m = get_moments(a.moments, r);
-        const GradSums s = sums ? sums_of_piece<A>(a, a.rows, r, 0, a.rows.length, center(m)) : GradSums{};
-        piece<A>(gradient, a.rows, r, 0, a.rows.length, factors_of(a, r, m, s), center(m));
+        const GradSums s = sums ? sums_of_piece<A>(a, a.rows, r, 0, a.rows.len(r), center(m)) : GradSums{};
+        piece<A>(gradient, a.rows, r, 0, a.rows.len(r), factors_of(a, r, m, s), center(m));
       }
     });
   const Rows rows = one_row_if_gapless(a.rows, a.grad, a.values, a.mask, a.d_values);

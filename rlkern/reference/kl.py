@@ -73,11 +73,17 @@ def kl_penalty_bwd(
     return d_log_prob, (-d).to(ref_log_prob.dtype) if needs[1] else ref_log_prob.new_empty(0)
 
 
-def last_valid(mask: Tensor) -> Tensor:
-    """(B, 1): the column of each row's last valid token, T - 1 where there is none."""
-    columns = torch.arange(mask.shape[1], device=mask.device)
-    last = torch.where(mask != 0, columns, -1).amax(1, keepdim=True)
-    return torch.where(last < 0, mask.shape[1] - 1, last)
+def last_valid(mask: Tensor, cu: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Of each row: where its last valid token sits in the flattened mask (its last token where it has none), and whether
+    the row has a token at all."""
+    n = mask.numel()
+    at = torch.arange(n, device=mask.device)
+    ends = torch.arange(1, mask.shape[0] + 1, device=mask.device) * mask.shape[-1] if cu is None else cu[1:]
+    lengths = torch.full_like(ends, mask.shape[-1]) if cu is None else cu[1:] - cu[:-1]
+    row = torch.searchsorted(ends, at, right=True)
+    found = torch.where(mask.reshape(-1) != 0, at, -1)
+    last = torch.full_like(ends, -1).scatter_reduce(0, row, found, "amax")
+    return torch.where(last < 0, ends - 1, last).clamp(0, max(n - 1, 0)), lengths > 0
 
 
 def shape_rewards(
@@ -86,6 +92,7 @@ def shape_rewards(
     old_log_prob: Tensor,
     ref_log_prob: Tensor,
     mask: Tensor,
+    cu_seqlens: Tensor | None,
     kl_coef: float,
     kl: str,
     kl_range: list[float],
@@ -101,18 +108,21 @@ def shape_rewards(
     if rewards is not None:
         placed = rewards.to(dtype)
     else:
-        placed = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-        if mask.shape[1]:
-            clipped = scores.to(dtype).clamp(*clip)  # type: ignore[union-attr]
-            placed = placed.scatter(1, last_valid(mask), clipped[:, None])
+        placed = torch.zeros(mask.numel(), dtype=dtype, device=mask.device)
+        if mask.numel():
+            at, there = last_valid(mask, cu_seqlens)
+            clipped = torch.where(there, scores.to(dtype).clamp(*clip), zero)  # type: ignore[union-attr]
+            placed = placed.index_add(0, at, clipped)
+        placed = placed.view(mask.shape)
     old, ref = (torch.where(valid, x.to(dtype), zero) for x in (old_log_prob, ref_log_prob))
     return torch.where(valid, placed - kl_coef * kl_value(old, ref, kl, kl_range), placed).to(out_dtype)
 
 
-def shape_rewards_bwd(grad: Tensor, scores: Tensor, mask: Tensor, clip: list[float]) -> Tensor:
+def shape_rewards_bwd(grad: Tensor, scores: Tensor, mask: Tensor, cu_seqlens: Tensor | None, clip: list[float]) -> Tensor:
     """The raw op `_shape_rewards_bwd`, for scores: the cotangent where the score went, 0 where the clip moved it."""
-    if mask.shape[1] == 0:
+    if mask.numel() == 0:
         return torch.zeros_like(scores)
-    found = grad.gather(1, last_valid(mask))[:, 0]
-    moved = (scores < clip[0]) | (scores > clip[1])
+    at, there = last_valid(mask, cu_seqlens)
+    found = grad.reshape(-1)[at]
+    moved = (scores < clip[0]) | (scores > clip[1]) | ~there
     return torch.where(moved, torch.zeros_like(found), found).to(scores.dtype)

@@ -8,11 +8,13 @@ not read.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlkern import check
+from rlkern.reference import affine_scan
 
 _BLOCK = 1 << 14  # elements; temporaries of this size stay in the cache, where fresh pages cost more than the arithmetic
 
@@ -193,17 +195,31 @@ def _at_least_one(stats: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor,
     return torch.where(few, torch.ones_like(count), count), lower, torch.where(few, m2 + count * (mean - lower).square(), m2)
 
 
-def masked_whiten(values: Tensor, mask: Tensor | None, flags: list[bool], eps: float, save: bool) -> tuple[Tensor, Tensor]:
+def masked_whiten(
+    values: Tensor, mask: Tensor | None, cu_seqlens: None, flags: list[bool], eps: float, save: bool
+) -> tuple[Tensor, Tensor]:
     """The raw op `_masked_whiten_fwd`: (out, moments)."""
     stats = moments(values, mask)
     _judge("masked_whiten", stats[0], flags[0])
     return apply(values, mask, stats, flags, eps, False), torch.stack(stats) if save else values.new_empty(0)
 
 
-def masked_normalize(values: Tensor, mask: Tensor | None, flags: list[bool], eps: float, save: bool) -> tuple[Tensor, Tensor]:
+def _padded(cu: Tensor | None, mask: Tensor | None, *tensors: Tensor) -> tuple[Tensor | None, list[Any]]:
+    """Packed rows side by side, a mask that ends with each; padded ones as they are."""
+    if cu is None:
+        return mask, list(tensors)
+    given = torch.ones_like(tensors[0]) if mask is None else mask
+    mask, *found = affine_scan.rows(cu, given, *tensors)
+    return mask, found
+
+
+def masked_normalize(
+    values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, flags: list[bool], eps: float, save: bool
+) -> tuple[Tensor, Tensor]:
     """The raw op `_masked_normalize_fwd`: row by row, an empty row counting as one element."""
-    stats = moments(values, mask, -1)
-    out = apply(values, mask, _at_least_one(stats), flags, eps, True)
+    mask, (rows,) = _padded(cu_seqlens, mask, values)
+    stats = moments(rows, mask, -1)
+    out = affine_scan.unrows(cu_seqlens, apply(rows, mask, _at_least_one(stats), flags, eps, True), values)
     return out, torch.stack(stats, -1) if save else values.new_empty(0)
 
 
@@ -254,12 +270,17 @@ def _whiten_bwd(
     return d_values.to(values.dtype), torch.stack((torch.zeros_like(d_mean), d_mean, d_m2), -1)
 
 
-def masked_whiten_bwd(grad: Tensor, values: Tensor, mask: Tensor | None, stats: Tensor, flags: list[bool], eps: float) -> Tensor:
+def masked_whiten_bwd(
+    grad: Tensor, values: Tensor, mask: Tensor | None, cu_seqlens: None, stats: Tensor, flags: list[bool], eps: float
+) -> Tensor:
     return _whiten_bwd(grad, values, mask, stats, flags, eps, False, False, False)[0]
 
 
-def masked_normalize_bwd(grad: Tensor, values: Tensor, mask: Tensor | None, stats: Tensor, flags: list[bool], eps: float) -> Tensor:
-    return _whiten_bwd(grad, values, mask, stats, flags, eps, True, False, True)[0]
+def masked_normalize_bwd(
+    grad: Tensor, values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, stats: Tensor, flags: list[bool], eps: float
+) -> Tensor:
+    mask, (g, rows) = _padded(cu_seqlens, mask, grad, values)
+    return affine_scan.unrows(cu_seqlens, _whiten_bwd(g, rows, mask, stats, flags, eps, True, False, True)[0], values)
 
 
 def whiten_apply_bwd(
