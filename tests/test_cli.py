@@ -23,8 +23,7 @@ pytest.importorskip("safetensors")
 from typer.testing import CliRunner
 
 import rlkern
-from rlkern import backends
-from rlkern import cli
+from rlkern import backends, cli
 from rlkern.bench import machine, report, timing
 from rlkern.bench import run as bench_run
 from rlkern.cli import against, first_three, framework, verify
