@@ -254,7 +254,9 @@ template <class F>
 inline void parallel_rows(int64_t rows, int64_t total, int threads, F&& f) {
   constexpr int64_t kSerial = 1 << 17, kChunk = 1 << 15;  // elements; measured in docs/performance.md
   const int64_t per_row = rows > 0 ? total / rows + 1 : 1;
-  const int64_t grain = kChunk / per_row > 1 ? kChunk / per_row : 1;
+  // large jobs in few chunks: each chunk's streams start anew for the prefetcher
+  const int64_t share = threads > 1 ? total / (16 * threads) : total, chunk = share > kChunk ? share : kChunk;
+  const int64_t grain = chunk / per_row > 1 ? chunk / per_row : 1;
   auto call = [](void* g, int64_t begin, int64_t end) { (*static_cast<F*>(g))(begin, end); };
   parallel_chunks(rows, grain, total < kSerial ? 1 : threads, call, const_cast<void*>(static_cast<const void*>(&f)));
 }
