@@ -48,14 +48,8 @@ def error(value: Tensor | float, exact: Tensor | float) -> float:
     return float(gap.nan_to_num(nan=math.inf).max())
 
 
-def rounding(dtype: torch.dtype) -> float:
-    """The share of the scale that rounding may take: 4 eps; in float64 twice that, for there the exact answer and the
-    framework's are one float64 computation, whose own error nothing measures."""
-    return (8.0 if dtype == torch.float64 else 4.0) * torch.finfo(dtype).eps
-
-
 def budget(framework: Tensor | float, exact: Tensor | float, dtype: torch.dtype, scale: Tensor | float) -> float:
-    """What a kernel's error may be: 2 * the framework's own error in `dtype`, plus `rounding` * scale.
+    """What a kernel's error may be: 2 * the framework's own error in `dtype`, plus 4 eps * scale.
 
     `scale` is the largest sum of the absolute terms that any one result adds up.
     """
@@ -64,7 +58,7 @@ def budget(framework: Tensor | float, exact: Tensor | float, dtype: torch.dtype,
         own = 0.0  # a framework that fails gives no room
     largest = torch.as_tensor(scale).detach().double().abs()
     largest = largest[largest.isfinite()]
-    return 2.0 * own + rounding(dtype) * (float(largest.max()) if largest.numel() else 0.0)
+    return 2.0 * own + 4.0 * torch.finfo(dtype).eps * (float(largest.max()) if largest.numel() else 0.0)
 
 
 def assert_within(kernel: Tensor | float, framework: Tensor | float, exact: Tensor | float, scale: Tensor | float, what: str = "") -> None:

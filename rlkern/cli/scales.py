@@ -16,9 +16,12 @@ Scale = Any  # a number, a tensor that broadcasts over the result, or one of the
 
 
 def whitened(x: Tensor, terms: Tensor, d: Data) -> Tensor:
-    """Whitening x, whose elements are sums of `terms`: each feels its own error and the mean's, times 1 / std."""
-    mean = framework.masked_mean(terms, d.mask)
-    return 2 * (terms + mean) * torch.rsqrt(framework.masked_var(x, d.mask) + 1e-8)
+    """Whitening x, whose elements are sums of `terms`: each feels its own error and the mean's, times 1 / std, and that of
+    1 / std itself, whose share is the mean of |x - mean| times the terms, over the variance."""
+    mean, var = framework.masked_mean(terms, d.mask), framework.masked_var(x, d.mask)
+    rstd, gap = torch.rsqrt(var + 1e-8), (x - framework.masked_mean(x, d.mask)).abs()
+    share = framework.masked_mean(gap * (terms + mean), d.mask) / var.clamp(min=1e-8)
+    return (2 * (terms + mean) + gap * share) * rstd
 
 
 def total(d: Data) -> float:

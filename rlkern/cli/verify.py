@@ -77,7 +77,7 @@ def _ruler(check: Check, data: Data, theirs: formulas.Formulas) -> _Ruler:
         # the framework's own largest error, and some roundings of the row's largest sum of terms
         largest = terms.abs().amax(-1, keepdim=True) if terms.dim() == 2 else terms.abs()
         own = testing.budget(_away(framework[name], near), _away(value, near), dtype, 0.0)
-        room = own + testing.rounding(dtype) * largest
+        room = own + 4 * torch.finfo(dtype).eps * largest
         allowed[name] = (room + (slack(check, name, near, wide) if near is not None else 0.0)).expand(value.shape)
     return _Ruler(exact, near, allowed)
 
@@ -149,9 +149,7 @@ def table(cells: Sequence[Cell], every: bool, against: str) -> Table:
         key = cell if every else (cell.op, cell.backend)
         if key not in shown or cell.used > shown[key].used:
             shown[key] = cell
-    title = (
-        f"|rlkern - float64| against the budget: 2 max |{against} - float64| + 4 eps (8 in float64) * (the row's largest sum of |terms|)"
-    )
+    title = f"|rlkern - float64| against the budget: 2 max |{against} - float64| + 4 eps (the row's largest sum of |terms|)"
     found = Table(title=title, title_justify="left", title_style="")
     columns = ("op", "backend", "dtype", "mask", "worst output", "error", "budget", "used", "")
     for name in columns:
