@@ -208,9 +208,14 @@ double whiten_apply_bwd(Tokens grad, Tokens values, Tokens mask, Tokens moments,
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "rlkern's CPU kernels, by address.";
-  m.def("register_dtypes", [](const py::list& l) {
+  m.def("register_torch", [](const py::list& l, py::handle tensor, py::handle parameter, const py::object& exchange_api) {
     for (int i = 0; i < kDtypes; ++i) dtypes[i] = py::object(l[static_cast<size_t>(i)]).release().ptr();
+    tensor_types[0] = reinterpret_cast<PyTypeObject*>(tensor.ptr()), tensor_types[1] = reinterpret_cast<PyTypeObject*>(parameter.ptr());
+    const auto* api = exchange_api.is_none() ? nullptr : py::reinterpret_borrow<py::capsule>(exchange_api).get_pointer<const dlpack::Api>();
+    exchange = api && api->header.major == dlpack::kMajor ? api : nullptr;
+    return exchange != nullptr;
   });
+  m.def("alike", [](py::handle like, const py::dict& others) { return alike(like.ptr(), others); });
   m.def("isa", [] { return chosen->isa; });
   m.def("isas", [] {
     py::dict d;

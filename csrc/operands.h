@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "args.h"
+#include "dlpack.h"
 
 namespace py = pybind11;
 
@@ -17,39 +18,98 @@ namespace rlkern {
 constexpr int kDtypes = 8;
 inline PyObject* dtypes[kDtypes] = {};  // torch.float32, ... in the order of enum Dtype; set once by rlkern/backends.py
 
-inline Dtype dtype_of(PyObject* t) {
+inline const dlpack::Api* exchange = nullptr;  // of this torch; null before 2.10, whose tensors are read by attributes
+inline PyTypeObject* tensor_types[2] = {};     // torch.Tensor and torch.nn.Parameter
+static char nothing;                           // an empty tensor has a null address, which would read as "absent"
+
+inline int dtype_of(const dlpack::Tensor& t) {
+  switch (t.code << 8 | t.bits) {
+    case dlpack::kFloat << 8 | 32: return static_cast<int>(Dtype::f32);
+    case dlpack::kFloat << 8 | 64: return static_cast<int>(Dtype::f64);
+    case dlpack::kFloat << 8 | 16: return static_cast<int>(Dtype::f16);
+    case dlpack::kBfloat << 8 | 16: return static_cast<int>(Dtype::bf16);
+    case dlpack::kBool << 8 | 8: return static_cast<int>(Dtype::b8);
+    case dlpack::kUInt << 8 | 8: return static_cast<int>(Dtype::u8);
+    case dlpack::kInt << 8 | 32: return static_cast<int>(Dtype::i32);
+    case dlpack::kInt << 8 | 64: return static_cast<int>(Dtype::i64);
+    default: return -1;
+  }
+}
+inline Dtype known(int dtype) {
+  if (dtype < 0) throw py::type_error("rlkern._C: a dtype that no kernel reads");
+  return static_cast<Dtype>(dtype);
+}
+template <class Sizes, class Strides>
+Operand as_rows(void* data, Dtype dtype, int64_t dims, Sizes size, Strides stride) {
+  if (dims > 2) throw py::value_error("rlkern._C: at most two dimensions");
+  Operand x;
+  x.data = data ? data : &nothing;
+  x.dtype = dtype;
+  x.rows = dims == 2 ? size(0) : 1;
+  x.cols = dims >= 1 ? size(dims - 1) : 1;
+  x.row_stride = dims == 2 ? stride(0) : 0;
+  x.inner_stride = dims >= 1 && x.cols > 1 ? stride(dims - 1) : 1;
+  return x;
+}
+
+inline int dtype_by_attribute(PyObject* t) {
   static PyObject* name = PyUnicode_InternFromString("dtype");
   const py::object d = py::reinterpret_steal<py::object>(PyObject_GetAttr(t, name));
   if (!d) throw py::error_already_set();
   for (int i = 0; i < kDtypes; ++i)
-    if (d.ptr() == dtypes[i]) return static_cast<Dtype>(i);
-  throw py::type_error("rlkern._C: a dtype that no kernel reads");
+    if (d.ptr() == dtypes[i]) return i;
+  return -1;
 }
 inline py::object call(PyObject* t, PyObject* method) {
   py::object r = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(t, method));
   if (!r) throw py::error_already_set();
   return r;
 }
-inline int64_t int_at(const py::object& tuple, Py_ssize_t i) { return PyLong_AsLongLong(PyTuple_GET_ITEM(tuple.ptr(), i)); }
-
-// Any strides; what may not stay is the casters' to say.
-inline Operand operand_of(PyObject* t) {
+inline Operand operand_by_attributes(PyObject* t) {
   static PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
   static PyObject* stride = PyUnicode_InternFromString("stride");
   static PyObject* shape = PyUnicode_InternFromString("shape");
-  static char empty;  // an empty tensor has a null address, which would read as "absent"
-  Operand x;
-  x.dtype = dtype_of(t);
-  x.data = reinterpret_cast<void*>(PyLong_AsUnsignedLongLong(call(t, data_ptr).ptr()));
-  if (!x.data) x.data = &empty;
+  void* data = reinterpret_cast<void*>(PyLong_AsUnsignedLongLong(call(t, data_ptr).ptr()));
   const py::object sizes = py::reinterpret_steal<py::object>(PyObject_GetAttr(t, shape)), strides = call(t, stride);
-  const Py_ssize_t dims = PyTuple_GET_SIZE(sizes.ptr());
-  if (dims > 2) throw py::value_error("rlkern._C: at most two dimensions");
-  x.rows = dims == 2 ? int_at(sizes, 0) : 1;
-  x.cols = dims >= 1 ? int_at(sizes, dims - 1) : 1;
-  x.row_stride = dims == 2 ? int_at(strides, 0) : 0;
-  x.inner_stride = dims >= 1 && x.cols > 1 ? int_at(strides, dims - 1) : 1;
-  return x;
+  const auto of = [](const py::object& tuple) {
+    return [&tuple](int64_t i) { return static_cast<int64_t>(PyLong_AsLongLong(PyTuple_GET_ITEM(tuple.ptr(), i))); };
+  };
+  return as_rows(data, known(dtype_by_attribute(t)), PyTuple_GET_SIZE(sizes.ptr()), of(sizes), of(strides));
+}
+
+// Any strides; what may not stay is the casters' to say.
+inline Operand operand_of(PyObject* t) {
+  if (!exchange) return operand_by_attributes(t);
+  dlpack::Tensor x;
+  if (exchange->tensor_from(t, &x) != 0) throw py::error_already_set();
+  return as_rows(
+      static_cast<char*>(x.data) + x.byte_offset, known(dtype_of(x)), x.ndim, [&](int64_t i) { return x.shape[i]; }, [&](int64_t i) { return x.strides[i]; });
+}
+
+// Plain contiguous CPU tensors of one shape, with dtypes that kernels read (integers as masks only)? Then rlkern/check.py has
+// nothing more to ask of them. False says nothing: the checks in Python find out what it is.
+inline bool alike(PyObject* like, const py::dict& others) {
+  if (!exchange) return false;
+  const auto plain = [](PyObject* t, dlpack::Tensor& x) {
+    if (Py_TYPE(t) != tensor_types[0] && Py_TYPE(t) != tensor_types[1]) return false;
+    if (exchange->tensor_from(t, &x) != 0) return PyErr_Clear(), false;  // a meta tensor, a complex one
+    int64_t expected = 1;
+    bool good = x.device_type == dlpack::kCpu && dtype_of(x) >= 0;
+    for (int32_t d = x.ndim - 1; good && d >= 0; expected *= x.shape[d--]) good = x.shape[d] == 1 || x.strides[d] == expected;
+    return good;
+  };
+  dlpack::Tensor first, x;
+  if (!plain(like, first)) return false;
+  static PyObject* mask = PyUnicode_InternFromString("mask");
+  PyObject *name, *t;
+  for (Py_ssize_t at = 0; PyDict_Next(others.ptr(), &at, &name, &t);) {
+    if (t == Py_None) continue;
+    if (!plain(t, x) || x.ndim != first.ndim) return false;
+    for (int32_t d = 0; d < x.ndim; ++d)
+      if (x.shape[d] != first.shape[d]) return false;
+    if (static_cast<Dtype>(dtype_of(x)) >= Dtype::b8 && !PyUnicode_Tailmatch(name, mask, 0, PY_SSIZE_T_MAX, 1)) return false;
+  }
+  return true;
 }
 
 struct Tokens : Operand {};  // (B, T), or packed (N,); one value a row by an inner stride of 0

@@ -26,7 +26,7 @@ native: ModuleType | None = None
 native_error = ""
 try:
     native = importlib.import_module("rlkern._C")
-    native.register_dtypes(_DTYPES)
+    native.register_torch(_DTYPES, Tensor, torch.nn.Parameter, getattr(Tensor, "__dlpack_c_exchange_api__", None))
 except ImportError as error:  # pure-Python install: `rlkern info` and `why_not` give the reason
     native_error = f"the native module is not there ({error}); install with a C++17 compiler and without RLKERN_NATIVE=0"
 

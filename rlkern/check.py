@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlkern.backends import VALUE_DTYPES
+from rlkern.backends import VALUE_DTYPES, native
 
 _VALUES = frozenset(VALUE_DTYPES)
 _MASKS = frozenset((*VALUE_DTYPES, torch.bool, torch.uint8, torch.int32, torch.int64))
@@ -29,6 +29,8 @@ def tensors(op: str, like: Tensor, **others: Tensor | None) -> list[Any]:
 
     Returns them in order; None is absent and stays. Anything but stride 1 (or 0: one value a row) is copied once.
     """
+    if native is not None and not torch.compiler.is_compiling() and native.alike(like, others):
+        return list(others.values())
     shape, device = (like.shape, like.device) if isinstance(like, Tensor) else (None, None)
     found = []
     for name, x in others.items():

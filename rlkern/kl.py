@@ -42,17 +42,17 @@ def estimator(
 
 # ---- raw ops --------------------------------------------------------------------------------------------------------
 def _value_alloc(log_prob: Tensor, ref_log_prob: Tensor, *rest: Any) -> Tensor:
-    return log_prob.new_empty(log_prob.shape, dtype=torch.promote_types(log_prob.dtype, ref_log_prob.dtype))
+    return library.fresh(log_prob, torch.promote_types(log_prob.dtype, ref_log_prob.dtype))
 
 
-def _grad_alloc(grad: Tensor, log_prob: Tensor, ref_log_prob: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _grad_alloc(grad: Tensor, log_prob: Tensor, ref_log_prob: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     needs = rest[-1]
-    d_log_prob = log_prob.new_empty(log_prob.shape if needs[0] else (0,))
-    return d_log_prob, ref_log_prob.new_empty(log_prob.shape if needs[1] else (0,))
+    given = (log_prob, ref_log_prob)
+    return tuple(library.fresh(x) if need else x.new_empty(0) for x, need in zip(given, needs, strict=True))
 
 
 def _reward_alloc(rewards: Tensor | None, scores: Tensor | None, old: Tensor, ref: Tensor, mask: Tensor, *rest: Any) -> Tensor:
-    return old.new_empty(old.shape, dtype=check.result_dtype(old, ref, rewards, scores, mask))
+    return library.fresh(old, check.result_dtype(old, ref, rewards, scores, mask))
 
 
 library.define(

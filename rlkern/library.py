@@ -81,12 +81,18 @@ def run(op: Op, args: Sequence[Any], backend: int, out: Any = None) -> Any:
     return out
 
 
+def fresh(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An empty contiguous tensor of that shape; the plain call takes half the time of the others."""
+    if (dtype is None or like.dtype is dtype) and like.is_contiguous():
+        return torch.empty_like(like)
+    return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+
+
 def _run_native(op: Op, args: Sequence[Any], out: Any) -> Any:
     native: Any = backends.native
     outs = op.alloc(*args) if out is None else out
-    flat = (outs,) if isinstance(outs, Tensor) else outs
     filled = []
-    for x in flat:
+    for x in (outs,) if isinstance(outs, Tensor) else outs:
         size = x.nbytes
         if size >= _HUGE and out is None:
             native.huge_pages(x.data_ptr(), size)

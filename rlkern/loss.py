@@ -29,7 +29,8 @@ def results(like: Tensor, dtype: torch.dtype, sums: int, maxes: int) -> tuple[Te
 
 
 def gradient(of: Tensor, need: bool, wide: bool) -> Tensor:
-    return of.new_empty(of.shape if need else 0, dtype=reference.dtype_of_grad(of.dtype, wide))
+    dtype = reference.dtype_of_grad(of.dtype, wide)
+    return library.fresh(of, dtype) if need else of.new_empty(0, dtype=dtype)
 
 
 def _policy_alloc(old_log_prob: Tensor, log_prob: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -50,7 +51,7 @@ library.define(
 library.define(
     "_scale_fwd",
     "(Tensor x, Tensor factor, Tensor like) -> Tensor",
-    lambda x, factor, like: like.new_empty(x.shape),
+    lambda x, factor, like: library.fresh(x, like.dtype),
     reference.scale,
 )
 

@@ -18,24 +18,20 @@ _NO_KL = ("none", [0.0, 0.0, 0.0, 0.0])
 
 
 # ---- raw ops --------------------------------------------------------------------------------------------------------
-def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)  # new_empty(shape) takes twice as long
-
-
 def _gae_alloc(rewards: Tensor, values: Tensor, mask: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     dtype = check.result_dtype(rewards, values, mask)
-    return _empty(values, dtype), _empty(values, dtype)
+    return library.fresh(values, dtype), library.fresh(values, dtype)
 
 
 def _returns_alloc(rewards: Tensor, mask: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     whiten = rest[-2]
-    advantages = rewards.new_empty(0) if whiten is None else _empty(rewards, check.result_dtype(rewards, mask))
-    return advantages, _empty(rewards, rewards.dtype)
+    advantages = rewards.new_empty(0) if whiten is None else library.fresh(rewards, check.result_dtype(rewards, mask))
+    return advantages, library.fresh(rewards)
 
 
-def _wanted(like: Tensor, rows: int, needs: list[bool], last_is_row: bool = True) -> tuple[Tensor, ...]:
-    shapes = [like.shape] * (len(needs) - 1) + [torch.Size((rows,))]
-    return tuple(like.new_empty(s if need else (0,)) for s, need in zip(shapes, needs, strict=True))
+def _wanted(like: Tensor, rows: int, needs: list[bool]) -> tuple[Tensor, ...]:
+    tokens = [library.fresh(like) if need else like.new_empty(0) for need in needs[:-1]]
+    return *tokens, like.new_empty(rows if needs[-1] else 0)
 
 
 def _gae_bwd_alloc(grad_advantages: Tensor, grad_returns: Tensor, mask: Any, lam: Any, cu: Tensor | None, *rest: Any) -> Any:

@@ -2,6 +2,7 @@
 """What holds for every C++ kernel: the same bits for any thread count and address, any ISA within the budget, inputs never
 written, and a forked child that does not hang. One table of calls; an op joins by a line."""
 
+import functools
 import os
 import select
 
@@ -11,7 +12,7 @@ import torch
 
 import rlkern
 from rlkern import advantages, backends
-from rlkern.testing import error, ragged_mask
+from rlkern.testing import assert_within, ragged_mask
 
 pytestmark = pytest.mark.skipif(backends.native is None, reason=backends.native_error)
 
@@ -86,13 +87,54 @@ def test_native_same_bits_at_every_address(name):
 def test_native_isas_agree(name):
     x = _data()
     exact = _flat(CALLS[name]({k: v.double() if v.is_floating_point() else v for k, v in x.items()}))
+    with rlkern.use_backend("torch"):
+        reference = _flat(CALLS[name](x))
     for isa, there in backends.native.isas().items():
         if not there:
             continue
         with rlkern.use_backend(f"cpp:{isa}"):
-            for got, want in zip(_flat(CALLS[name](x)), exact, strict=True):
-                scale = float(want.double().abs().max()) + 1.0
-                assert error(got, want) <= 300 * torch.finfo(torch.float32).eps * scale, isa  # a scan sums some hundred terms
+            for got, own, want in zip(_flat(CALLS[name](x)), reference, exact, strict=True):
+                assert_within(got, own, want, scale=want.abs().max(), what=isa)
+
+
+@pytest.fixture
+def by_attributes():
+    """As on a torch without DLPack's C interface: tensors are read by their Python attributes."""
+    register = functools.partial(backends.native.register_torch, backends._DTYPES, torch.Tensor, torch.nn.Parameter)
+    register(None)
+    yield
+    register(getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.int64, torch.bfloat16, torch.float16, torch.float64])
+def test_native_reads_tensors_by_attributes_too(dtype, request):
+    x = _data()
+    x["values"] = x["values"].to(dtype if dtype.is_floating_point else torch.float32)
+    x["mask"] = x["mask"].to(dtype)
+    calls = [CALLS[name] for name in ("gae", "masked_normalize", "kl_penalty", "grpo")] + [
+        lambda x: rlkern.gae(x["rewards"].T, x["values"].T, x["mask"].T, gamma=0.9, lam=torch.ones(T)),
+        lambda x: rlkern.gae(x["rewards"][:, ::2], x["values"][:, ::2], x["mask"][:, ::2], gamma=0.9, lam=0.9),
+        lambda x: rlkern.masked_whiten(x["values"][0, 0], None, unbiased=False),
+        lambda x: rlkern.policy_loss(x["old"], x["log_prob"], x["values"][:, 0].float(), x["mask"]).loss,
+    ]
+    expected = [_flat(call(x)) for call in calls]
+    request.getfixturevalue("by_attributes")
+    for call, want in zip(calls, expected, strict=True):
+        assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(want, _flat(call(x)), strict=True))
+
+
+def test_native_alike_knows_plain_tensors_only():
+    x = torch.zeros(3, 4)
+    plain = {"rewards": x, "mask": torch.zeros(3, 4, dtype=torch.int64), "none": None, "parameter": torch.nn.Parameter(x)}
+    if not backends.native.alike(x, plain):
+        pytest.skip("this torch has no C interface for DLPack: the checks run in Python")
+    others = [
+        torch.zeros(3, 5), torch.zeros(3), torch.zeros(4, 3).T, x[:, ::2], x.to("meta"), x.to(torch.int64), x.to(torch.cfloat),
+        x.numpy(), 1.0, torch.zeros(3, 1).expand(3, 4), torch.zeros(3, 8)[:, :4],
+        torch.nested.nested_tensor([x[0], x[0]], layout=torch.jagged),
+    ]  # fmt: skip
+    for other in others:
+        assert not backends.native.alike(x, plain | {"other": other})
 
 
 @pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
