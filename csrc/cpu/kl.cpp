@@ -2,29 +2,32 @@
 // KL per token, its gradient, and the KL reward. The estimator is chosen outside the loops.
 #include "../kernels.h"
 #include "../math/kl.h"
-#include "flat.h"
+#include "chunks.h"
 
 namespace rlkern {
 namespace RLKERN_ISA {
 namespace {
 
 template <class A, Kl E>
-void value_row(const KlArgs& a, const Flat& c, int64_t r, bool stream) {
-  const Column<A> log_prob(a.log_prob, c.rows, r), ref_log_prob(a.ref_log_prob, c.rows, r);
-  const OutColumn<A> kl(a.kl, c.rows, r, stream);
+void value_piece(const KlArgs& a, const Rows& rows, int64_t r, int64_t begin, int64_t end, bool stream) {
+  const Column<A> log_prob(a.log_prob, rows, r), ref_log_prob(a.ref_log_prob, rows, r);
+  const OutColumn<A> kl(a.kl, rows, r, stream);
   const KlRange<Vec<A>> range(a.options);
   const bool direct = log_prob.direct() && ref_log_prob.direct() && kl.direct();
-  for_lanes<A, false>(c.length(r), direct,
-                      [&](auto way, int64_t i, int64_t n) RLKERN_INLINE { kl(way, i, n, kl_value<E>(log_prob(way, i, n), ref_log_prob(way, i, n), range)); });
+  for_lanes<A, false>(end - begin, direct, [&](auto way, int64_t k, int64_t n) RLKERN_INLINE {
+    const int64_t i = begin + k;
+    kl(way, i, n, kl_value<E>(log_prob(way, i, n), ref_log_prob(way, i, n), range));
+  });
 }
 
 template <class A, Kl E>
-void grad_row(const KlArgs& a, const Flat& c, int64_t r, bool stream) {
-  const Column<A> log_prob(a.log_prob, c.rows, r), ref_log_prob(a.ref_log_prob, c.rows, r), grad(a.grad, c.rows, r);
-  const OutColumn<A> d_log_prob(a.d_log_prob, c.rows, r, stream), d_ref_log_prob(a.d_ref_log_prob, c.rows, r, stream);
+void grad_piece(const KlArgs& a, const Rows& rows, int64_t r, int64_t begin, int64_t end, bool stream) {
+  const Column<A> log_prob(a.log_prob, rows, r), ref_log_prob(a.ref_log_prob, rows, r), grad(a.grad, rows, r);
+  const OutColumn<A> d_log_prob(a.d_log_prob, rows, r, stream), d_ref_log_prob(a.d_ref_log_prob, rows, r, stream);
   const KlRange<Vec<A>> range(a.options);
   const bool direct = log_prob.direct() && ref_log_prob.direct() && grad.direct() && d_log_prob.direct() && d_ref_log_prob.direct();
-  for_lanes<A, false>(c.length(r), direct, [&](auto way, int64_t i, int64_t n) RLKERN_INLINE {
+  for_lanes<A, false>(end - begin, direct, [&](auto way, int64_t k, int64_t n) RLKERN_INLINE {
+    const int64_t i = begin + k;
     const Vec<A> slope = kl_grad<E>(log_prob(way, i, n), ref_log_prob(way, i, n), range, a.options.straight_through);
     const Vec<A> d = grad(way, i, n) * slope;
     d_log_prob(way, i, n, d);
@@ -33,14 +36,16 @@ void grad_row(const KlArgs& a, const Flat& c, int64_t r, bool stream) {
 }
 
 template <class A>
-void kl_all(KlArgs a) {
+void kl_all(const KlArgs& a) {
   const Rows rows{a.log_prob.rows, a.log_prob.cols, nullptr};
-  const Flat c(rows, a.log_prob, a.ref_log_prob, a.kl, a.grad, a.d_log_prob, a.d_ref_log_prob);
-  const bool stream = worth_streaming(c.total, a.grad ? 20 : 12);
+  const Chunks chunks(one_row_if_gapless(rows, a.log_prob, a.ref_log_prob, a.kl, a.grad, a.d_log_prob, a.d_ref_log_prob));
+  const bool stream = worth_streaming(rows.total(), a.grad ? 20 : 12);
   with_estimator(a.options.estimator, [&](auto e) {
     constexpr Kl E = decltype(e)::value;
-    parallel_rows(c.rows.count, c.total, a.threads, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) a.grad ? grad_row<A, E>(a, c, r, stream) : value_row<A, E>(a, c, r, stream);
+    chunks.each(a.threads, [&](int64_t c) {
+      chunks.pieces(c, [&](int64_t r, int64_t begin, int64_t end) {
+        a.grad ? grad_piece<A, E>(a, chunks.rows, r, begin, end, stream) : value_piece<A, E>(a, chunks.rows, r, begin, end, stream);
+      });
       if (stream) stream_fence();
     });
   });

@@ -6,7 +6,7 @@
 
 #include "../kernels.h"
 #include "../math/kl.h"
-#include "flat.h"
+#include "chunks.h"
 
 namespace rlkern {
 namespace RLKERN_ISA {
@@ -121,21 +121,9 @@ void policy_results(const PolicyLossArgs& a, const RowSums* rows) {
 
 template <class A, bool Extra, Kl E>
 void policy_all(const PolicyLossArgs& a) {
-  const int64_t total = a.rows.total();
-  const bool stream = worth_streaming(total, 24), first = counts_first(a.agg);
   Scratch<RowSums> sums(a.rows.count);
-  const Counted counted(a.rows, kLanes<A>, first);
-  if (first) count_mask<A>(a.rows, a.mask, a.threads, counted, sums.data);
-  const Counts counts(sums.data, first ? a.rows.count : 0);
-  const AggWeights agg(a.agg, counts.tokens, counts.sequences);
-  parallel_rows(a.rows.count, total, a.threads, [&](int64_t begin, int64_t end) {
-    for (int64_t r = end - 1; r >= begin; --r) {
-      RowSums& row = sums.data[r];
-      const A weight = A(agg.scale * agg.row(row.tokens));
-      policy_row<A, Extra, E>(a, r, weight, counted.row(r), stream, row);
-    }
-    if (stream) stream_fence();
-  });
+  sweep_rows<A>(a, sums.data,
+                [&](int64_t r, A weight, const uint16_t* kept, bool stream) { policy_row<A, Extra, E>(a, r, weight, kept, stream, sums.data[r]); });
   policy_results(a, sums.data);
 }
 
@@ -147,19 +135,19 @@ void policy_terms(const PolicyLossArgs& a) {
 
 // ---- backward: the gradient times the loss's cotangent ---------------------------------------------------------------
 template <class A>
-void scale_all(ScaleArgs a) {
-  const Flat f(Rows{a.x.rows, a.x.cols, nullptr}, a.x, a.out);
+void scale_all(const ScaleArgs& a) {
+  const Chunks chunks(one_row_if_gapless(Rows{a.x.rows, a.x.cols, nullptr}, a.x, a.out));
   const Vec<A> factor = splat(load_any<A>(a.factor.data, a.factor.dtype, 0, 1)[0]), zero{};
-  const bool stream = worth_streaming(f.total, 8);
-  parallel_rows(f.rows.count, f.total, a.threads, [&](int64_t begin, int64_t end) {
-    for (int64_t r = end - 1; r >= begin; --r) {
-      const Column<A> x(a.x, f.rows, r);
-      const OutColumn<A> out(a.out, f.rows, r, stream);
-      for_vectors<A, true>(f.length(r), [&](int64_t i, int64_t n) RLKERN_INLINE {
-        const Vec<A> v = x(i, n);
-        out(i, n, v == zero ? v : v * factor);
+  const bool stream = worth_streaming(chunks.rows.total(), 8);
+  chunks.each(a.threads, [&](int64_t c) {
+    chunks.pieces(c, [&](int64_t r, int64_t begin, int64_t end) {
+      const Column<A> x(a.x, chunks.rows, r);
+      const OutColumn<A> out(a.out, chunks.rows, r, stream);
+      for_vectors<A, false>(end - begin, [&](int64_t i, int64_t n) RLKERN_INLINE {
+        const Vec<A> v = x(begin + i, n);
+        out(begin + i, n, v == zero ? v : v * factor);
       });
-    }
+    });
     if (stream) stream_fence();
   });
 }

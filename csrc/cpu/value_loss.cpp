@@ -68,17 +68,8 @@ void value_results(const ValueLossArgs& a, const RowSums* rows) {
 
 template <class A>
 void value_all(const ValueLossArgs& a) {
-  const int64_t total = a.rows.total();
-  const bool stream = worth_streaming(total, 24), first = counts_first(a.agg);
   Scratch<RowSums> sums(a.rows.count);
-  const Counted counted(a.rows, kLanes<A>, first);
-  if (first) count_mask<A>(a.rows, a.mask, a.threads, counted, sums.data);
-  const Counts counts(sums.data, first ? a.rows.count : 0);
-  const AggWeights agg(a.agg, counts.tokens, counts.sequences);
-  parallel_rows(a.rows.count, total, a.threads, [&](int64_t begin, int64_t end) {
-    for (int64_t r = end - 1; r >= begin; --r) value_row<A>(a, r, A(agg.scale * agg.row(sums.data[r].tokens)), counted.row(r), stream, sums.data[r]);
-    if (stream) stream_fence();
-  });
+  sweep_rows<A>(a, sums.data, [&](int64_t r, A weight, const uint16_t* kept, bool stream) { value_row<A>(a, r, weight, kept, stream, sums.data[r]); });
   value_results(a, sums.data);
 }
 
