@@ -54,6 +54,13 @@ def _mismatch(op: str, name: str, x: Any, shape: Any, device: Any) -> None:
     raise fail(op, name, f"be on {device} like the first argument", describe(x), "Move it with .to(device).")
 
 
+def present(op: str, like: str, **tensors: Any) -> None:
+    """None of these is left out, given that `like` was."""
+    for name, x in tensors.items():
+        if x is None:
+            raise fail(op, name, "be a torch.Tensor", "None", f"It goes with {like}.", TypeError)
+
+
 def wants_grad(*tensors: Tensor | None) -> bool:
     """Is any of them recorded by autograd?"""
     if not torch.is_grad_enabled():

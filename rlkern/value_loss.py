@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from rlkern import check, library
+from rlkern.aggregation import Count, counts_of, gradient, loss_dtype, results
 from rlkern.backends import pick
-from rlkern.loss import Count, counts_of, gradient, loss_dtype, present, results
 from rlkern.metrics import VALUE_MAXES, VALUE_SUMS, Metrics, ValueLoss
 from rlkern.reference import loss as reference
 from rlkern.types import LossAggMode
@@ -112,7 +112,7 @@ def value_loss(
     """
     op = "value_loss"
     check.batch(op, "vpreds", vpreds, cu_seqlens)
-    present(op, "vpreds", returns=returns, response_mask=response_mask)
+    check.present(op, "vpreds", returns=returns, response_mask=response_mask)
     if cliprange_value is None:
         values = None
     elif values is None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import rlkern
-from rlkern.loss import AGG_MODES
+from rlkern.aggregation import AGG_MODES
 from rlkern.testing import assert_within, mask_kinds, ragged_mask
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden" / "verl_0.9.1.json").read_text())

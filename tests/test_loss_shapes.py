@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import rlkern
 from rlkern import backends
-from rlkern.loss import AGG_MODES
+from rlkern.aggregation import AGG_MODES
 from rlkern.reference import loss as reference
 from rlkern.testing import SHAPES, ragged_mask
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rlkern
-from rlkern.loss import AGG_MODES
+from rlkern.aggregation import AGG_MODES
 from rlkern.testing import SHAPES, assert_within, mask_kinds, ragged_mask
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden" / "verl_0.9.1.json").read_text())

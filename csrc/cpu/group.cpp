@@ -5,7 +5,7 @@
 
 #include "../kernels.h"
 #include "../math/whiten.h"
-#include "lanes.h"
+#include "mask.h"
 
 namespace rlkern {
 namespace RLKERN_ISA {

@@ -3,6 +3,7 @@
 #include "../kernels.h"
 #include "../math/kl.h"
 #include "chunks.h"
+#include "mask.h"
 
 namespace rlkern {
 namespace RLKERN_ISA {

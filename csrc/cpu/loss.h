@@ -2,7 +2,7 @@
 // What the losses share: the mask counted beforehand where the aggregation needs it, and sums per row.
 #pragma once
 #include "../math/loss.h"
-#include "lanes.h"
+#include "mask.h"
 
 namespace rlkern {
 namespace RLKERN_ISA {

@@ -4,6 +4,7 @@
 #include "scan.h"
 
 #include "../kernels.h"
+#include "mask.h"
 #include "moments.h"
 #include "../math/kl.h"
 

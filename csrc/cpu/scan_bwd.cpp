@@ -3,7 +3,7 @@
 #include "scan.h"
 
 #include "../kernels.h"
-#include "lanes.h"
+#include "mask.h"
 
 namespace rlkern {
 namespace RLKERN_ISA {

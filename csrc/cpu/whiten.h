@@ -3,6 +3,7 @@
 // the thread count. A mask of zeros and ones is read as bits; one that holds other values as weights, in float64.
 #pragma once
 #include "chunks.h"
+#include "mask.h"
 #include "moments.h"
 
 namespace rlkern {
