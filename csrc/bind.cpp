@@ -109,22 +109,22 @@ double group_normalize_bwd(PerRow grad, PerRow scores, PerRow lengths, py::handl
   return run(&Kernels::group_normalize_bwd, GroupNormalizeGradArgs{groups_of(order, offsets, scores.rows), scores, lengths, grad, d_scores, options});
 }
 // Without an order `ids` are raw labels: small batches are spared the tensors of a GroupIndex.
-double group_advantage_fwd(Tokens rewards, Tokens mask, py::handle ids, std::optional<Tokens> order, Tokens offsets, Baseline baseline, bool scale, double eps,
-                           Singleton singleton, const Flags& whiten, double whiten_eps, Tokens advantages, int threads) {
+double group_advantage_fwd(Tokens rewards, Tokens mask, py::handle ids, std::optional<Tokens> order, Tokens offsets, Packed packed, Baseline baseline,
+                           bool scale, double eps, Singleton singleton, const Flags& whiten, double whiten_eps, Tokens advantages, int threads) {
   const GroupOptions options{baseline, scale, true, singleton, eps};
   const WhitenOptions whitening = whiten ? whiten_options(*whiten, whiten_eps) : WhitenOptions{};
+  const Rows rows = rows_of(rewards, packed);
   std::vector<int64_t> memory;
   Groups groups;
   if (order) {
-    groups = groups_of(*order, offsets, rewards.rows);
+    groups = groups_of(*order, offsets, rows.count);
   } else {
-    memory.resize(static_cast<size_t>(4 * rewards.rows + 1));
+    memory.resize(static_cast<size_t>(4 * rows.count + 1));
     LabelGroups found;
-    if (!group_labels(ids.ptr(), rewards.rows, memory.data(), found)) throw py::error_already_set();
+    if (!group_labels(ids.ptr(), rows.count, memory.data(), found)) throw py::error_already_set();
     groups = {found.order, found.offsets, found.groups};
   }
-  return run(&Kernels::group_advantage,
-             GroupAdvantageArgs{rows_of(rewards, {}), rewards, mask, advantages, groups, options, whiten.has_value(), whitening, threads});
+  return run(&Kernels::group_advantage, GroupAdvantageArgs{rows, rewards, mask, advantages, groups, options, whiten.has_value(), whitening, threads});
 }
 int64_t labels_to_ids(py::handle labels, int64_t n, uintptr_t memory) {
   LabelGroups found;
@@ -176,14 +176,14 @@ double scale_fwd(Tokens x, Tokens factor, py::handle, Tokens out, int threads) {
 
 // ---- whiten ----------------------------------------------------------------------------------------------------------
 template <Reduce kind>
-double masked_reduce(Tokens values, Tokens mask, bool by_row, bool unbiased, bool, Tokens result, Tokens moments, int threads) {
+double masked_reduce(Tokens values, Tokens mask, Packed packed, bool by_row, bool unbiased, bool, Tokens result, Tokens moments, int threads) {
   const Operand first = kind == Reduce::moments ? Operand{} : result;
   return run(&Kernels::masked_reduce,
-             ReduceArgs{rows_of(values, {}), values, mask, first, kind == Reduce::moments ? result : moments, kind, by_row, unbiased, threads});
+             ReduceArgs{rows_of(values, packed), values, mask, first, kind == Reduce::moments ? result : moments, kind, by_row, unbiased, threads});
 }
 template <Reduce kind>
-double masked_reduce_bwd(Tokens grad, Tokens values, Tokens mask, Tokens moments, bool by_row, bool unbiased, Tokens d_values, int threads) {
-  return run(&Kernels::masked_reduce_bwd, ReduceGradArgs{rows_of(values, {}), grad, mask, values, moments, d_values, kind, by_row, unbiased, threads});
+double masked_reduce_bwd(Tokens grad, Tokens values, Tokens mask, Packed packed, Tokens moments, bool by_row, bool unbiased, Tokens d_values, int threads) {
+  return run(&Kernels::masked_reduce_bwd, ReduceGradArgs{rows_of(values, packed), grad, mask, values, moments, d_values, kind, by_row, unbiased, threads});
 }
 using WhitenFlags = std::array<bool, 5>;
 template <bool by_row>  // masked_whiten, or masked_normalize
@@ -195,13 +195,13 @@ double whiten_bwd(Tokens grad, Tokens values, Tokens mask, Packed packed, Tokens
   return run(&Kernels::whiten_bwd, WhitenGradArgs{rows_of(values, packed), grad, values, mask, moments, d_values, Operand{}, by_row, false, by_row,
                                                   whiten_options(flags, eps), threads});
 }
-double whiten_apply(Tokens values, Tokens mask, Tokens moments, const WhitenFlags& flags, double eps, bool by_row, Tokens out, int threads) {
-  return run(&Kernels::whiten_fwd, WhitenArgs{rows_of(values, {}), values, mask, moments, out, by_row, true, false, whiten_options(flags, eps), threads});
+double whiten_apply(Tokens values, Tokens mask, Packed packed, Tokens moments, const WhitenFlags& flags, double eps, bool by_row, Tokens out, int threads) {
+  return run(&Kernels::whiten_fwd, WhitenArgs{rows_of(values, packed), values, mask, moments, out, by_row, true, false, whiten_options(flags, eps), threads});
 }
-double whiten_apply_bwd(Tokens grad, Tokens values, Tokens mask, Tokens moments, const WhitenFlags& flags, double eps, bool by_row, const std::array<bool, 2>&,
-                        Tokens d_values, Tokens d_moments, int threads) {
-  return run(&Kernels::whiten_bwd,
-             WhitenGradArgs{rows_of(values, {}), grad, values, mask, moments, d_values, d_moments, by_row, true, false, whiten_options(flags, eps), threads});
+double whiten_apply_bwd(Tokens grad, Tokens values, Tokens mask, Packed packed, Tokens moments, const WhitenFlags& flags, double eps, bool by_row,
+                        const std::array<bool, 2>&, Tokens d_values, Tokens d_moments, int threads) {
+  return run(&Kernels::whiten_bwd, WhitenGradArgs{rows_of(values, packed), grad, values, mask, moments, d_values, d_moments, by_row, true, false,
+                                                  whiten_options(flags, eps), threads});
 }
 
 }  // namespace
@@ -215,6 +215,7 @@ PYBIND11_MODULE(_C, m) {
     exchange = api && api->header.major == dlpack::kMajor ? api : nullptr;
     return exchange != nullptr;
   });
+  m.def("offsets_fit", [](const Packed& cu_seqlens, int64_t total) { return offsets_fit(cu_seqlens, total); });
   m.def("alike", [](py::handle like, const py::dict& others) { return alike(like.ptr(), others); });
   m.def("isa", [] { return chosen->isa; });
   m.def("isas", [] {

@@ -118,7 +118,18 @@ struct Packed {              // cu_seqlens (rows + 1,), int64, or None
   const int64_t* cu = nullptr;
   int64_t count = 0;
 };
-inline Rows rows_of(const Operand& x, const Packed& packed) { return packed.cu ? Rows{packed.count, 0, packed.cu} : Rows{x.rows, x.cols, nullptr}; }
+// Offsets are addresses to the kernels: from 0 to `total`, never falling.
+inline bool offsets_fit(const Packed& packed, int64_t total) {
+  bool good = packed.cu && packed.count >= 0 && packed.cu[0] == 0 && packed.cu[packed.count] == total;
+  for (int64_t r = 0; good && r < packed.count; ++r) good = packed.cu[r] <= packed.cu[r + 1];
+  return good;
+}
+inline Rows rows_of(const Operand& x, const Packed& packed) {
+  if (!packed.cu) return {x.rows, x.cols, nullptr};
+  if (!offsets_fit(packed, x.cols))
+    throw py::value_error("rlkern: cu_seqlens must run from 0 to the number of tokens without falling. It is a cumulative sum.");
+  return {packed.count, 0, packed.cu};
+}
 
 // The words of the public API, in the order of their enums (rlkern/types.py lists them for Python).
 template <class E, size_t N>
@@ -190,6 +201,7 @@ struct type_caster<rlkern::Packed> {
   bool load(handle h, bool) {
     if (h.is_none()) return true;
     const rlkern::Operand x = rlkern::operand_of(h.ptr());
+    if (x.dtype != rlkern::Dtype::i64 || x.rows != 1 || x.inner_stride != 1) throw value_error("rlkern._C: cu_seqlens must be contiguous int64");
     value = {static_cast<const int64_t*>(x.data), x.cols - 1};
     return true;
   }

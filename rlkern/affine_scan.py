@@ -25,7 +25,7 @@ def _affine_bwd_alloc(
 library.define(
     "_affine_scan_fwd",
     "(Tensor? decay, Tensor? decay_row, Tensor x, Tensor? initial, Tensor? cu_seqlens, float decay_value, bool reverse) -> Tensor",
-    lambda decay, decay_row, x, *rest: torch.empty_like(x, memory_format=torch.contiguous_format),
+    lambda decay, decay_row, x, *rest: library.fresh(x),
     reference.affine_scan,
 )
 library.define(

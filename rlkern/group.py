@@ -25,10 +25,7 @@ def _stats_alloc(scores: Tensor, ids: Tensor, order: Tensor, offsets: Tensor, *r
 
 
 def _advantage_alloc(token_level_rewards: Tensor, response_mask: Tensor, *rest: Any) -> Tensor:
-    dtype = check.result_dtype(token_level_rewards, response_mask)
-    if dtype == token_level_rewards.dtype:  # half of new_empty's time
-        return torch.empty_like(token_level_rewards)
-    return torch.empty_like(token_level_rewards, dtype=dtype)
+    return library.fresh(token_level_rewards, check.result_dtype(token_level_rewards, response_mask))
 
 
 def _judge_advantage(count: float, *args: Any) -> None:
@@ -67,8 +64,8 @@ library.define(
 # the valid tokens where asked for. Its callers are rlkern/advantages.
 library.define(
     "_group_advantage_fwd",
-    "(Tensor token_level_rewards, Tensor response_mask, Tensor ids, Tensor order, Tensor offsets, str baseline, bool scale,"
-    " float eps, str singleton, bool[]? whiten, float whiten_eps) -> Tensor",
+    "(Tensor token_level_rewards, Tensor response_mask, Tensor ids, Tensor order, Tensor offsets, Tensor? cu_seqlens,"
+    " str baseline, bool scale, float eps, str singleton, bool[]? whiten, float whiten_eps) -> Tensor",
     _advantage_alloc,
     reference.advantage,
     _judge_advantage,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,19 +17,21 @@ from rlkern.types import Moments
 
 
 # ---- raw ops --------------------------------------------------------------------------------------------------------
-def fresh(values: Tensor) -> Tensor:
-    return torch.empty_like(values, memory_format=torch.contiguous_format)
+def row_shape(values: Tensor, cu: Tensor | None) -> tuple[int, ...]:
+    return values.shape[:-1] if cu is None else (cu.shape[0] - 1,)
 
 
-def _reduce_alloc(kind: str, values: Tensor, mask: Tensor | None, by_row: bool, unbiased: bool, save: bool) -> tuple[Tensor, Tensor]:
-    shape, wide = values.shape[:-1] if by_row else (), reference.wide(values)
+def _reduce_alloc(
+    kind: str, values: Tensor, mask: Tensor | None, cu: Tensor | None, by_row: bool, unbiased: bool, save: bool
+) -> tuple[Tensor, Tensor]:
+    shape, wide = row_shape(values, cu) if by_row else (), reference.wide(values)
     kept = values.new_empty((*shape, 3) if save or kind == "moments" else 0, dtype=wide)
     if kind == "moments":
         return kept, values.new_empty(0, dtype=wide)
     return values.new_empty(shape, dtype=reference.reduced_dtype(kind, values, mask)), kept
 
 
-def _judge_var(count: float, values: Tensor, mask: Any, by_row: bool, unbiased: bool, save: bool) -> None:
+def _judge_var(count: float, values: Tensor, mask: Any, cu: Any, by_row: bool, unbiased: bool, save: bool) -> None:
     if unbiased:
         check.valid_tokens("masked_var", count, True)
 
@@ -37,15 +39,15 @@ def _judge_var(count: float, values: Tensor, mask: Any, by_row: bool, unbiased: 
 for _kind in ("sum", "mean", "var", "moments"):
     library.define(
         f"_masked_{_kind}_fwd",
-        "(Tensor values, Tensor? mask, bool by_row, bool unbiased, bool save) -> (Tensor, Tensor)",
+        "(Tensor values, Tensor? mask, Tensor? cu_seqlens, bool by_row, bool unbiased, bool save) -> (Tensor, Tensor)",
         partial(_reduce_alloc, _kind),
         partial(reference.reduce, _kind),
         _judge_var if _kind == "var" else None,
     )
     library.define(
         f"_masked_{_kind}_bwd",
-        "(Tensor grad, Tensor values, Tensor? mask, Tensor? kept, bool by_row, bool unbiased) -> Tensor",
-        lambda grad, values, *rest: fresh(values),
+        "(Tensor grad, Tensor values, Tensor? mask, Tensor? cu_seqlens, Tensor? kept, bool by_row, bool unbiased) -> Tensor",
+        lambda grad, values, *rest: library.fresh(values),
         partial(reference.reduce_bwd, _kind),
     )
 
@@ -53,25 +55,26 @@ for _kind in ("sum", "mean", "var", "moments"):
 # ---- autograd -------------------------------------------------------------------------------------------------------
 class _Reduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, mask: Tensor | None, kind: str, by_row: bool, unbiased: bool, backend: int) -> Tensor:
+    def forward(ctx: Any, values: Tensor, mask: Tensor | None, cu: Tensor | None, *rest: Any) -> Tensor:
+        kind, by_row, unbiased, backend = ctx.rest = rest
         result: Tensor
-        result, kept = library.call(f"_masked_{kind}_fwd", values, mask, by_row, unbiased, kind != "sum", backend=backend)
-        ctx.rest = (kind, by_row, unbiased, backend)
-        ctx.save_for_backward(values, mask, None if kind == "sum" else result if kind == "moments" else kept)
+        result, kept = library.call(f"_masked_{kind}_fwd", values, mask, cu, by_row, unbiased, kind != "sum", backend=backend)
+        ctx.save_for_backward(values, mask, cu, None if kind == "sum" else result if kind == "moments" else kept)
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        values, mask, kept = ctx.saved_tensors
+        values, mask, cu, kept = ctx.saved_tensors
         kind, by_row, unbiased, backend = ctx.rest
         if library.wants_double_backward(grad, values):
 
             def forward(values: Tensor) -> Tensor:
-                return reference.reduce(kind, values, mask, by_row, unbiased, False)[0]
+                return reference.reduce(kind, values, mask, cu, by_row, unbiased, False)[0]
 
-            return (*library.differentiate(forward, (values,), (grad,)), *[None] * 5)
+            return (*library.differentiate(forward, (values,), (grad,)), *[None] * 6)
         kept = kept if kept is None else kept.detach()
-        return (library.call(f"_masked_{kind}_bwd", grad.contiguous(), values, mask, kept, by_row, unbiased, backend=backend), *[None] * 5)
+        args = (grad.contiguous(), values, mask, cu, kept, by_row, unbiased)
+        return (library.call(f"_masked_{kind}_bwd", *args, backend=backend), *[None] * 6)
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
@@ -116,9 +119,27 @@ def _last(x: Tensor, kept: list[int], axes: tuple[int, ...]) -> Tensor:
     return rows
 
 
-def _reduce(kind: str, values: Tensor, mask: Tensor | None, axis: int | tuple[int, ...] | None, unbiased: bool = False) -> Tensor:
-    op = f"masked_{kind}"
+def packed(op: str, values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The checked offsets of 1-D values."""
+    check.batch(op, "values", values, cu_seqlens)
+    return cast(Tensor, check.lengths(op, cu_seqlens, values))
+
+
+def _reduce(
+    kind: str,
+    values: Tensor,
+    mask: Tensor | None,
+    axis: int | tuple[int, ...] | None,
+    cu_seqlens: Tensor | None = None,
+    unbiased: bool = False,
+) -> Tensor:
+    op, cu = f"masked_{kind}", None
     values, mask = checked(op, values, mask)
+    if cu_seqlens is not None:
+        cu = packed(op, values, cu_seqlens)
+        if axis is not None and (type(axis) is not int or axis != -1):
+            raise check.fail(op, "axis", "be None or -1 with cu_seqlens", repr(axis), "Each packed row is reduced.")
+        axis = None
     axes = () if axis is None else _axes(op, axis, values.dim())
     kept = [d for d in range(values.dim()) if d not in axes] if axes else []
     shape = [values.shape[d] for d in kept]
@@ -126,12 +147,12 @@ def _reduce(kind: str, values: Tensor, mask: Tensor | None, axis: int | tuple[in
         values, mask = _last(values, kept, axes), None if mask is None else _last(mask, kept, axes)
     else:
         values, mask = as_rows(values), None if mask is None else as_rows(mask)
-    backend = pick(f"_{op}_fwd", values)
+    backend, by_row = pick(f"_{op}_fwd", values), cu is not None or bool(kept)
     result: Tensor
     if check.wants_grad(values):
-        result = _Reduce.apply(values, mask, kind, bool(kept), unbiased, backend)  # type: ignore[no-untyped-call]
+        result = _Reduce.apply(values, mask, cu, kind, by_row, unbiased, backend)  # type: ignore[no-untyped-call]
     else:
-        result = library.call(f"_{op}_fwd", values, mask, bool(kept), unbiased, False, backend=backend)[0]
+        result = library.call(f"_{op}_fwd", values, mask, cu, by_row, unbiased, False, backend=backend)[0]
     return result.reshape(*shape, *result.shape[1:]) if len(kept) > 1 else result
 
 
@@ -147,18 +168,22 @@ def stacked(op: str, moments: Moments | Tensor) -> Tensor:
 
 
 # ---- public ops -----------------------------------------------------------------------------------------------------
-def masked_sum(values: Tensor, mask: Tensor | None, axis: int | tuple[int, ...] | None = None) -> Tensor:
+def masked_sum(
+    values: Tensor, mask: Tensor | None, axis: int | tuple[int, ...] | None = None, *, cu_seqlens: Tensor | None = None
+) -> Tensor:
     r"""Sum of the values under a mask.
 
     S = sum(m v) over the elements where m != 0.
 
     Args:
-        values: any shape, floating point. Not read where the mask is 0.
+        values: any shape, or packed (N,), floating point. Not read where the mask is 0.
         mask: like values, bool, integer or float. Its values are weights: fractional and negative ones count. None = all ones.
-        axis: the dimension or dimensions to reduce; None = all.
+        axis: the dimension or dimensions to reduce; None = all. With cu_seqlens None or -1: each packed row.
+        cu_seqlens: (rows + 1,) offsets of packed rows, int32 or int64.
 
     Returns:
-        Tensor without the reduced dimensions, in the promoted dtype of values and a float mask. 0 of nothing.
+        Tensor without the reduced dimensions, (rows,) of packed rows, in the promoted dtype of values and a float mask. 0 of
+        nothing.
 
     Gradient:
         To values: m. A mask that requires grad is refused.
@@ -167,7 +192,7 @@ def masked_sum(values: Tensor, mask: Tensor | None, axis: int | tuple[int, ...] 
         Accumulated in float64, rounded once; in a fixed order, whatever the number of threads.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes, devices or axes that do not fit.
+        ValueError, TypeError: shapes, dtypes, devices, axes or offsets that do not fit.
 
     Example:
         >>> v, m = torch.tensor([[1.0, 2.0], [4.0, float("nan")]]), torch.tensor([[1, 1], [1, 0]])
@@ -177,20 +202,22 @@ def masked_sum(values: Tensor, mask: Tensor | None, axis: int | tuple[int, ...] 
     Source:
         verl masked_sum.
     """
-    return _reduce("sum", values, mask, axis)
+    return _reduce("sum", values, mask, axis, cu_seqlens)
 
 
-def masked_mean(values: Tensor, mask: Tensor | None, axis: int | tuple[int, ...] | None = None) -> Tensor:
+def masked_mean(
+    values: Tensor, mask: Tensor | None, axis: int | tuple[int, ...] | None = None, *, cu_seqlens: Tensor | None = None
+) -> Tensor:
     r"""Mean of the values under a mask.
 
     sum(m v) / N with N = sum(m); N = 0 divides by 1e-8.
 
     Args:
-        values, mask, axis: as `masked_sum`.
+        values, mask, axis, cu_seqlens: as `masked_sum`.
 
     Returns:
-        Tensor without the reduced dimensions, in the promoted dtype of values and mask; at least float32 under an integer or
-        bool mask, as in verl. 0 of nothing.
+        Tensor without the reduced dimensions, (rows,) of packed rows, in the promoted dtype of values and mask; at least
+        float32 under an integer or bool mask, as in verl. 0 of nothing.
 
     Gradient:
         To values: m / N. A mask that requires grad is refused.
@@ -200,7 +227,7 @@ def masked_mean(values: Tensor, mask: Tensor | None, axis: int | tuple[int, ...]
         which it does not, gives a mean that differs by a relative 1e-8 / N. Half-precision values are not rounded on the way.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes, devices or axes that do not fit.
+        ValueError, TypeError: shapes, dtypes, devices, axes or offsets that do not fit.
 
     Example:
         >>> v, m = torch.tensor([[1.0, 2.0], [4.0, float("nan")]]), torch.tensor([[1, 1], [1, 0]])
@@ -210,7 +237,7 @@ def masked_mean(values: Tensor, mask: Tensor | None, axis: int | tuple[int, ...]
     Source:
         verl masked_mean.
     """
-    return _reduce("mean", values, mask, axis)
+    return _reduce("mean", values, mask, axis, cu_seqlens)
 
 
 def masked_var(values: Tensor, mask: Tensor | None, unbiased: bool = True) -> Tensor:
@@ -242,19 +269,22 @@ def masked_var(values: Tensor, mask: Tensor | None, unbiased: bool = True) -> Te
     Source:
         verl masked_var; Chan, Golub and LeVeque 1979.
     """
-    return _reduce("var", values, mask, None, bool(unbiased))
+    return _reduce("var", values, mask, None, None, bool(unbiased))
 
 
-def masked_moments(values: Tensor, mask: Tensor | None, axis: int | tuple[int, ...] | None = None) -> Moments:
+def masked_moments(
+    values: Tensor, mask: Tensor | None, axis: int | tuple[int, ...] | None = None, *, cu_seqlens: Tensor | None = None
+) -> Moments:
     r"""Count, mean and sum of squared deviations under a mask: what shards exchange to whiten as one.
 
     count = sum(m), mean = sum(m v) / count, m2 = sum(m (v - mean)^2); all 0 of nothing.
 
     Args:
-        values, mask, axis: as `masked_sum`.
+        values, mask, axis, cu_seqlens: as `masked_sum`.
 
     Returns:
-        Moments(count, mean, m2), float64, without the reduced dimensions. `Moments.stack()` is one tensor to all_gather.
+        Moments(count, mean, m2), float64, without the reduced dimensions, (rows,) of packed rows. `Moments.stack()` is one
+        tensor to all_gather.
 
     Gradient:
         To values from mean and m2.
@@ -263,7 +293,7 @@ def masked_moments(values: Tensor, mask: Tensor | None, axis: int | tuple[int, .
         As `masked_var`. An empty shard is legal: its moments are 0.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes, devices or axes that do not fit.
+        ValueError, TypeError: shapes, dtypes, devices, axes or offsets that do not fit.
 
     Example:
         >>> rlkern.masked_moments(torch.tensor([1.0, 3.0, 9.0]), torch.tensor([1, 1, 0]))
@@ -272,7 +302,7 @@ def masked_moments(values: Tensor, mask: Tensor | None, axis: int | tuple[int, .
     Source:
         Welford 1962; Chan, Golub and LeVeque 1979.
     """
-    return Moments(*_reduce("moments", values, mask, axis).unbind(-1))
+    return Moments(*_reduce("moments", values, mask, axis, cu_seqlens).unbind(-1))
 
 
 def merge_moments(moments: Sequence[Moments | Tensor] | Tensor) -> Moments:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlkern import check, library
 from rlkern.backends import pick
-from rlkern.moments import as_rows, checked, fresh, stacked
+from rlkern.moments import as_rows, checked, packed, row_shape, stacked
 from rlkern.reference import whiten as reference
 from rlkern.types import EpsMode, Moments
 
@@ -21,12 +21,11 @@ _NOTHING = torch.empty(0)
 # ---- raw ops --------------------------------------------------------------------------------------------------------
 def _whiten_alloc(by_row: bool, values: Tensor, mask: Any, cu: Tensor | None, flags: Any, eps: float, save: bool) -> tuple[Tensor, Tensor]:
     if not save:
-        return fresh(values), values.new_empty(0)
-    rows = values.shape[:-1] if cu is None else (cu.shape[0] - 1,)
-    return fresh(values), values.new_empty((*rows, 3) if by_row else 3, dtype=reference.wide(values))
+        return library.fresh(values), values.new_empty(0)
+    return library.fresh(values), values.new_empty((*row_shape(values, cu), 3) if by_row else 3, dtype=reference.wide(values))
 
 
-def _apply_bwd_alloc(grad: Tensor, values: Tensor, mask: Any, moments: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _apply_bwd_alloc(grad: Tensor, values: Tensor, mask: Any, cu: Any, moments: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     need_values, need_moments = rest[-1]
     return values.new_empty(values.shape if need_values else 0), moments.new_empty(moments.shape if need_moments else 0)
 
@@ -35,7 +34,7 @@ def _judge_whiten(count: float, values: Tensor, mask: Any, cu: Any, flags: list[
     check.valid_tokens("masked_whiten", count, flags[0])
 
 
-def _judge_apply(count: float, values: Tensor, mask: Any, moments: Any, flags: list[bool], eps: float, by_row: bool) -> None:
+def _judge_apply(count: float, values: Tensor, mask: Any, cu: Any, moments: Any, flags: list[bool], eps: float, by_row: bool) -> None:
     if not by_row:
         check.valid_tokens("whiten_apply", count, flags[0])
 
@@ -51,19 +50,20 @@ for _name, _by_row in (("masked_whiten", False), ("masked_normalize", True)):
     library.define(
         f"_{_name}_bwd",
         "(Tensor grad, Tensor values, Tensor? mask, Tensor? cu_seqlens, Tensor moments, bool[] flags, float eps) -> Tensor",
-        lambda grad, values, *rest: fresh(values),
+        lambda grad, values, *rest: library.fresh(values),
         getattr(reference, f"{_name}_bwd"),
     )
 library.define(
     "_whiten_apply_fwd",
-    "(Tensor values, Tensor? mask, Tensor moments, bool[] flags, float eps, bool by_row) -> Tensor",
-    lambda values, *rest: fresh(values),
+    "(Tensor values, Tensor? mask, Tensor? cu_seqlens, Tensor moments, bool[] flags, float eps, bool by_row) -> Tensor",
+    lambda values, *rest: library.fresh(values),
     reference.whiten_apply,
     _judge_apply,
 )
 library.define(
     "_whiten_apply_bwd",
-    "(Tensor grad, Tensor values, Tensor? mask, Tensor moments, bool[] flags, float eps, bool by_row, bool[] needs) -> (Tensor, Tensor)",
+    "(Tensor grad, Tensor values, Tensor? mask, Tensor? cu_seqlens, Tensor moments, bool[] flags, float eps, bool by_row, bool[] needs)"
+    " -> (Tensor, Tensor)",
     _apply_bwd_alloc,
     reference.whiten_apply_bwd,
 )
@@ -97,26 +97,26 @@ class _Whiten(torch.autograd.Function):
 
 class _WhitenApply(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, moments: Tensor, mask: Tensor | None, *rest: Any) -> Tensor:
+    def forward(ctx: Any, values: Tensor, moments: Tensor, mask: Tensor | None, cu: Tensor | None, *rest: Any) -> Tensor:
         flags, eps, by_row, backend = ctx.rest = rest
-        ctx.save_for_backward(values, moments, mask)
-        out: Tensor = library.call("_whiten_apply_fwd", values, mask, moments, flags, eps, by_row, backend=backend)
+        ctx.save_for_backward(values, moments, mask, cu)
+        out: Tensor = library.call("_whiten_apply_fwd", values, mask, cu, moments, flags, eps, by_row, backend=backend)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        values, moments, mask = ctx.saved_tensors
+        values, moments, mask, cu = ctx.saved_tensors
         flags, eps, by_row, backend = ctx.rest
         if library.wants_double_backward(grad, values, moments):
 
             def forward(values: Tensor, moments: Tensor) -> Tensor:
-                return reference.whiten_apply(values, mask, moments, flags, eps, by_row)
+                return reference.whiten_apply(values, mask, cu, moments, flags, eps, by_row)
 
-            return (*library.differentiate(forward, (values, moments), (grad,)), *[None] * 5)
+            return (*library.differentiate(forward, (values, moments), (grad,)), *[None] * 6)
         needs = list(ctx.needs_input_grad[:2])
-        args = (check.inner(grad), values, mask, moments, flags, eps, by_row, needs)
+        args = (check.inner(grad), values, mask, cu, moments, flags, eps, by_row, needs)
         found = library.call("_whiten_apply_bwd", *args, backend=backend)
-        return (*[x if need else None for x, need in zip(found, needs, strict=True)], *[None] * 5)
+        return (*[x if need else None for x, need in zip(found, needs, strict=True)], *[None] * 6)
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
@@ -144,9 +144,7 @@ def _whitened(
     op: str, values: Tensor, mask: Tensor | None, flags: list[bool], eps: float, out: Tensor | None, cu_seqlens: Tensor | None = None
 ) -> Tensor:
     values, mask = checked(op, values, mask)
-    if cu_seqlens is not None:
-        check.batch(op, "values", values, cu_seqlens)
-    cu = check.lengths(op, cu_seqlens, values)
+    cu = None if cu_seqlens is None else packed(op, values, cu_seqlens)
     eps = check.number(op, "eps", eps, 0.0)
     shape, grad = values.shape, check.wants_grad(values)
     into = _out(op, out, values, grad)
@@ -276,6 +274,7 @@ def whiten_apply(
     eps_mode: EpsMode = "add",
     scale_by_std: bool = True,
     mask_output: bool = False,
+    cu_seqlens: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     r"""Values whitened by given moments: the last of the three steps of sharded whitening.
@@ -283,10 +282,12 @@ def whiten_apply(
     (v - mean) rsqrt(m2 / (count - 1) + eps), and the other forms of `masked_whiten`.
 
     Args:
-        values: any shape, floating point. With mask_output not read where the mask is 0.
-        moments: 0-dim, for all values (merged over the shards), or one a row: the shape of values without its last dimension.
+        values: any shape, or packed (N,), floating point. With mask_output not read where the mask is 0.
+        moments: 0-dim, for all values (merged over the shards), or one a row: the shape of values without its last dimension,
+            (rows,) for packed rows.
         mask: like values; read with mask_output only.
         shift_mean, unbiased, eps, eps_mode, scale_by_std, mask_output, out: as `masked_whiten`.
+        cu_seqlens: (rows + 1,) offsets of packed rows, int32 or int64.
 
     Returns:
         Tensor like values.
@@ -314,17 +315,17 @@ def whiten_apply(
     flags = _flags(op, eps_mode, unbiased, shift_mean, scale_by_std, mask_output)
     eps = check.number(op, "eps", eps, 0.0)
     stats, shape = stacked(op, moments), values.shape
-    by_row = stats.dim() > 1
-    if stats.device != values.device or (by_row and stats.shape[:-1] != shape[:-1]):
-        must = f"be 0-dim or {tuple(shape[:-1])}, on {values.device}"
+    by_row, cu = stats.dim() > 1, None if cu_seqlens is None else packed(op, values, cu_seqlens)
+    if stats.device != values.device or (by_row and stats.shape[:-1] != row_shape(values, cu)):
+        must = f"be 0-dim or {tuple(row_shape(values, cu))}, on {values.device}"
         raise check.fail(op, "moments", must, check.describe(stats[..., 0]), "One for all, or one a row.")
     grad = check.wants_grad(values, stats)
     into = _out(op, out, values, grad)
     values, mask = as_rows(values), as_rows(mask) if mask is not None and mask_output else None
-    stats = stats.reshape(-1, 3) if by_row else stats
+    stats, cu = (stats.reshape(-1, 3), cu) if by_row else (stats, None)  # moments for all see no rows
     backend = pick("_whiten_apply_fwd", values)
     if grad:
-        result: Tensor = _WhitenApply.apply(values, stats, mask, flags, eps, by_row, backend)  # type: ignore[no-untyped-call]
+        result: Tensor = _WhitenApply.apply(values, stats, mask, cu, flags, eps, by_row, backend)  # type: ignore[no-untyped-call]
     else:
-        result = library.call("_whiten_apply_fwd", values, mask, stats, flags, eps, by_row, backend=backend, out=into)
+        result = library.call("_whiten_apply_fwd", values, mask, cu, stats, flags, eps, by_row, backend=backend, out=into)
     return out if out is not None else result.reshape(shape)

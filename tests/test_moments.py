@@ -232,9 +232,9 @@ def registers(kind, call, number):
     moments = stacked(v, m, -1)
     by_row = kind != "var"
     result = getattr(torch.ops.rlkern, f"_masked_{kind}_fwd").default
-    torch.library.opcheck(result, (v, m, by_row, not by_row, True, number))
+    torch.library.opcheck(result, (v, m, None, by_row, not by_row, True, number))
     grad = moments if kind == "moments" else moments[:, 0].float()
-    args = (grad, v, m, moments, True, False) if by_row else (grad[0], v, m, stacked(v, m), False, True)
+    args = (grad, v, m, None, moments, True, False) if by_row else (grad[0], v, m, None, stacked(v, m), False, True)
     torch.library.opcheck(getattr(torch.ops.rlkern, f"_masked_{kind}_bwd").default, (*args, number))
     grads = []
     for fn in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):

@@ -179,3 +179,11 @@ def test_native_refuses_an_isa_that_is_not_there():
     with pytest.raises(rlkern.BackendError, match="isa must be one of"):
         rlkern.backends.set_backend("cpp:sse9")
     assert rlkern.backends.current_backend() == "auto"
+
+
+def test_native_refuses_offsets_that_are_no_addresses():
+    """Also from the raw op, which no check in Python guards."""
+    rest = ("none", 0.9, 0.0, "none", [0.0] * 4, None, 0.0, backends.CPP)
+    for cu in ([0, 11], [1, 10], [0, 12, 10], [0, -5, 10], []):
+        with pytest.raises(ValueError, match="cu_seqlens must"):
+            torch.ops.rlkern._discounted_returns_fwd(torch.zeros(10), None, None, None, None, torch.tensor(cu, dtype=torch.int64), *rest)

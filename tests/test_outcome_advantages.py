@@ -369,7 +369,8 @@ def test_registers(backend_number):
         ("length_weighted", False, None),
         ("mean", False, [True, False, True, True, True]),
     ):
-        args = (x["rewards"], x["mask"], index.ids, index.order, index.offsets, baseline, scale, 1e-6, "raw", whiten, 1e-8, backend_number)
+        group = (index.ids, index.order, index.offsets, None)
+        args = (x["rewards"], x["mask"], *group, baseline, scale, 1e-6, "raw", whiten, 1e-8, backend_number)
         torch.library.opcheck(torch.ops.rlkern._group_advantage_fwd.default, args)
 
 

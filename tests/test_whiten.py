@@ -396,5 +396,5 @@ def test_whiten_apply_rejects(backend):
 
 def test_whiten_apply_registers(backend_number):
     v, m = values(3, 20), ragged_mask(3, 20)
-    flags, moments = [True, False, True, True, True], rlkern.masked_moments(v, m).stack()
-    registers("whiten_apply", backend_number, (v, m, moments, flags, 1e-8, False), (v, v, m, moments, flags, 1e-8, False, [True, True]))
+    args = (v, m, None, rlkern.masked_moments(v, m).stack(), [True, False, True, True, True], 1e-8, False)
+    registers("whiten_apply", backend_number, args, (v, *args, [True, True]))

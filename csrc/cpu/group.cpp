@@ -69,7 +69,7 @@ template <class A>
 double row_sum(const Operand& x, const Rows& rows, int64_t r) {
   constexpr int W = kLanes<A>, D = kLanes<double>;
   const Column<A> column(x, rows, r);
-  const int64_t length = rows.length;
+  const int64_t length = rows.len(r);
   VD s0{}, s1{}, s2{}, s3{};  // four chains of additions: one alone is slower than memory
   int64_t i = 0;
   if (column.native && !column.per_row) {
@@ -103,7 +103,7 @@ double row_sum_and_count(const GroupAdvantageArgs& a, int64_t r, uint16_t* kept,
   constexpr int W = kLanes<A>, D = kLanes<double>;
   const Column<A> column(a.rewards, a.rows, r);
   const MaskRow mask(a.mask, a.rows, r);
-  const int64_t length = a.rows.length, whole = column.native && !column.per_row ? length / W * W : 0;
+  const int64_t length = a.rows.len(r), whole = column.native && !column.per_row ? length / W * W : 0;
   const A* p = reinterpret_cast<const A*>(column.data);
   VD s0{}, s1{};
   int64_t valid = 0;
@@ -139,15 +139,15 @@ void broadcast_row(const GroupAdvantageArgs& a, int64_t r, double value, bool st
   const MaskRow mask(a.mask, a.rows, r);
   const OutColumn<A> advantages(a.advantages, a.rows, r, stream);
   const Vec<A> v = splat(static_cast<A>(value)), zero{};
-  const int64_t whole = advantages.native ? a.rows.length / W * W : 0;
+  const int64_t length = a.rows.len(r), whole = advantages.native ? length / W * W : 0;
   auto filled = [&](auto lanes) {
     A* out = reinterpret_cast<A*>(advantages.data);
     advantages.stream ? fill<A, true>(out, whole, v, lanes) : fill<A, false>(out, whole, v, lanes);
   };
   if (kept) filled([=](int64_t i) RLKERN_INLINE { return static_cast<uint32_t>(kept[i / W]); });
   else with_lanes<A>(mask, filled);
-  for (int64_t i = whole; i < a.rows.length; i += W) {
-    const int64_t n = a.rows.length - i < W ? a.rows.length - i : W;
+  for (int64_t i = whole; i < length; i += W) {
+    const int64_t n = length - i < W ? length - i : W;
     advantages(i, n, blend(kept ? kept[i / W] : mask.lanes<W>(i, n), v, zero));
   }
 }

@@ -34,7 +34,8 @@ void piece(const Gradient& a, const Rows& rows, int64_t r, int64_t begin, int64_
       if constexpr (std::is_same_v<decltype(way), Any>) d = weights ? d * weight(i, n) : d;
       d = blend(m, d, zero);
     }
-    if (grad) d = fused(direct, a.mask_grad ? grad.valid(way, i, n, m) : grad(way, i, n), d);
+    if (a.mask_grad) d = m ? blend(m, fused(direct, grad(way, i, n), d), zero) : zero;  // `direct` may be NaN
+    else if (grad) d = fused(direct, grad(way, i, n), d);
     d_values(way, i, n, d);
   });
 }
@@ -56,7 +57,7 @@ void reduce_as(const ReduceGradArgs& a) {
       for (int64_t r = begin; r < end; ++r) {
         Moments m;
         const WhitenGrad g = factors(r, m);
-        piece<A>(gradient, a.rows, r, 0, a.rows.length, g, m.mean);
+        piece<A>(gradient, a.rows, r, 0, a.rows.len(r), g, m.mean);
       }
     });
   const Chunks chunks(one_row_if_gapless(a.rows, a.values, a.mask, a.d_values));

@@ -60,14 +60,15 @@ struct WhitenGrad {
   double direct = 0, level = 0, slope = 0;
   double d_mean = 0, d_m2 = 0;
 };
-// From sum(G) and sum(G (v - mean)). `m` as counted; `at_least_one` as in over_at_least_one.
+// From sum(G) and sum(G (v - mean)), which pass nothing where they are 0, also where 1 / std is NaN: a row without a valid
+// element. `m` as counted; `at_least_one` as in over_at_least_one.
 RLKERN_HD WhitenGrad whiten_grad(const Moments& m, const WhitenOptions& o, bool at_least_one, double sum, double product) {
   const Moments e = at_least_one ? over_at_least_one(m) : m;
-  const double rstd = reciprocal_std(e, o), d_var = reciprocal_std_grad(e, o) * product;
+  const double rstd = reciprocal_std(e, o), d_var = product == 0 ? 0.0 : reciprocal_std_grad(e, o) * product;
   const double residual = m.count * (m.mean - e.mean);  // sum(w (v - mean)): 0 unless the count was raised to 1
   WhitenGrad g;
   g.direct = rstd;
-  g.d_mean = ((o.shift_mean ? 0.0 : 1.0) - rstd) * sum;
+  g.d_mean = sum == 0 ? 0.0 : ((o.shift_mean ? 0.0 : 1.0) - rstd) * sum;
   g.d_m2 = d_var == 0 ? 0.0 : d_var / degrees(e, o.unbiased);
   g.level = (g.d_mean - 2 * g.d_m2 * residual) / e.count;
   g.slope = 2 * g.d_m2;

@@ -43,7 +43,7 @@ def rows(cu: Tensor | None, *tensors: Tensor | None) -> list[Any]:
         return [x if x is None or x.dim() == 2 else x[None] for x in tensors]
     sizes = (cu[1:] - cu[:-1]).tolist()
     return [
-        None if x is None else torch.nn.utils.rnn.pad_sequence(list(x.split(sizes)), batch_first=True) if sizes else x.new_zeros(0, 0)
+        None if x is None else torch.nn.utils.rnn.pad_sequence(list(x.split(sizes)), batch_first=True) if sizes else x.reshape(0, 0)
         for x in tensors
     ]
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlkern.reference import affine_scan
 from rlkern.reference import whiten as whitening
 
 
@@ -129,6 +130,7 @@ def advantage(
     ids: Tensor,
     order: Tensor,
     offsets: Tensor,
+    cu_seqlens: Tensor | None,
     baseline: str,
     scale: bool,
     eps: float,
@@ -137,7 +139,7 @@ def advantage(
     whiten_eps: float,
 ) -> Tensor:
     """The raw op `_group_advantage_fwd`."""
-    rewards, valid = token_level_rewards, response_mask != 0
+    rewards, valid = affine_scan.rows(cu_seqlens, token_level_rewards, response_mask != 0)
     scores = rewards.sum(1, dtype=_wide(rewards))
     tokens = valid.sum(1) if whiten is not None or baseline == "length_weighted" else None
     lengths = tokens if baseline == "length_weighted" else None
@@ -146,7 +148,7 @@ def advantage(
         values = whitening.whiten("advantages.reinforce_plus_plus_baseline", values, tokens, whiten, whiten_eps)
     dtype = torch.promote_types(rewards.dtype, response_mask.dtype) if response_mask.is_floating_point() else rewards.dtype
     values = values.to(dtype)[:, None]
-    return torch.where(valid, values, torch.zeros_like(values))
+    return affine_scan.unrows(cu_seqlens, torch.where(valid, values, torch.zeros_like(values)), token_level_rewards)
 
 
 # ---- adjoints -------------------------------------------------------------------------------------------------------

@@ -98,8 +98,12 @@ def _judge(op: str, count: Tensor, unbiased: bool) -> None:
 
 
 # ---- reductions: the raw ops _masked_<kind>_fwd and _bwd -------------------------------------------------------------
-def reduce(kind: str, values: Tensor, mask: Tensor | None, by_row: bool, unbiased: bool, save: bool) -> tuple[Tensor, Tensor]:
+def reduce(
+    kind: str, values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, by_row: bool, unbiased: bool, save: bool
+) -> tuple[Tensor, Tensor]:
     """(result, moments kept for the backward)."""
+    dtype = wide(values) if kind == "moments" else reduced_dtype(kind, values, mask)
+    mask, (values,) = _padded(cu_seqlens, mask, values)
     if kind in ("sum", "mean"):
         weight = _given(values, mask)
         count, total = _count_and_sum(_select(values, weight), weight, by_row)
@@ -111,7 +115,6 @@ def reduce(kind: str, values: Tensor, mask: Tensor | None, by_row: bool, unbiase
             _judge("masked_var", count, True)
         spread = variance(count, m2, True) if unbiased else m2 / _divisor(count)
         result = torch.stack(kept, -1) if kind == "moments" else spread
-    dtype = result.dtype if kind == "moments" else reduced_dtype(kind, values, mask)
     return result.to(dtype), torch.stack(kept, -1) if save and kind != "moments" else result.new_empty(0, dtype=wide(values))
 
 
@@ -126,8 +129,19 @@ def reduced_dtype(kind: str, values: Tensor, mask: Tensor | None) -> torch.dtype
     return dtype if kind == "sum" or mask is None or mask.is_floating_point() else torch.promote_types(dtype, torch.float32)
 
 
-def reduce_bwd(kind: str, grad: Tensor, values: Tensor, mask: Tensor | None, kept: Tensor | None, by_row: bool, unbiased: bool) -> Tensor:
+def reduce_bwd(
+    kind: str,
+    grad: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    kept: Tensor | None,
+    by_row: bool,
+    unbiased: bool,
+) -> Tensor:
     """d_values = weight * (level + slope * (v - mean))."""
+    like = values
+    mask, (values,) = _padded(cu_seqlens, mask, values)
     g, zero = grad.to(wide(values)), torch.zeros((), dtype=wide(values), device=values.device)
     count, mean, _ = kept.unbind(-1) if kept is not None else (zero, zero, zero)
     level, slope = zero, zero
@@ -138,7 +152,8 @@ def reduce_bwd(kind: str, grad: Tensor, values: Tensor, mask: Tensor | None, kep
     else:
         level = g if kind == "sum" else g / _divisor(count)
     level, slope, mean = (_along(x, by_row and x.dim() == 1) for x in (level, slope, mean))
-    return _weighted(values, _given(values, mask), level, None if kind in ("sum", "mean") else slope, mean).to(values.dtype)
+    d_values = _weighted(values, _given(values, mask), level, None if kind in ("sum", "mean") else slope, mean)
+    return affine_scan.unrows(cu_seqlens, d_values, like).to(like.dtype)
 
 
 def _weighted(values: Tensor, mask: Tensor, level: Tensor, slope: Tensor | None, mean: Tensor) -> Tensor:
@@ -223,12 +238,15 @@ def masked_normalize(
     return out, torch.stack(stats, -1) if save else values.new_empty(0)
 
 
-def whiten_apply(values: Tensor, mask: Tensor | None, stats: Tensor, flags: list[bool], eps: float, by_row: bool) -> Tensor:
+def whiten_apply(
+    values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, stats: Tensor, flags: list[bool], eps: float, by_row: bool
+) -> Tensor:
     """The raw op `_whiten_apply_fwd`."""
     count, mean, m2 = stats.unbind(-1)
     if not by_row:
         _judge("whiten_apply", count, flags[0])
-    return apply(values, mask, (count, mean, m2), flags, eps, by_row)
+    mask, (rows,) = _padded(cu_seqlens, mask, values)
+    return affine_scan.unrows(cu_seqlens, apply(rows, mask, (count, mean, m2), flags, eps, by_row), values)
 
 
 def _whiten_bwd(
@@ -257,11 +275,14 @@ def _whiten_bwd(
         return g.to(dtype), v.to(dtype) - mu
 
     product = _total(term, by_row, g, asked, *((mu,) if by_row else ()))
-    d_mean = ((0.0 if shift_mean else 1.0) - rstd) * g.sum(-1 if by_row else tuple(range(g.dim())), dtype=dtype)
+    total = g.sum(-1 if by_row else tuple(range(g.dim())), dtype=dtype)
+    d_mean = torch.where(total != 0, ((0.0 if shift_mean else 1.0) - rstd) * total, 0.0)
     bent = (var >= eps) | var.isnan() if floor else torch.ones_like(var, dtype=torch.bool)
     d_var = torch.where(bent & (product != 0), -0.5 * rstd**3 * product, 0.0) if scale else torch.zeros_like(rstd)
     d_m2 = torch.where(d_var == 0, 0.0, d_var / (count - 1 if unbiased else count))
     d_values = _along(rstd, by_row).to(_arithmetic(values)) * g.to(_arithmetic(values))
+    if mask_output:  # 1 / std of a row without a valid element is NaN
+        d_values = torch.where(mask != 0, d_values, 0.0)
     if not given:
         residual = counted[0] * (counted[1] - mean)
         level, slope = (_along(x, by_row) for x in ((d_mean - 2 * d_m2 * residual) / count, 2 * d_m2))
@@ -284,7 +305,17 @@ def masked_normalize_bwd(
 
 
 def whiten_apply_bwd(
-    grad: Tensor, values: Tensor, mask: Tensor | None, stats: Tensor, flags: list[bool], eps: float, by_row: bool, needs: list[bool]
+    grad: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    stats: Tensor,
+    flags: list[bool],
+    eps: float,
+    by_row: bool,
+    needs: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    d_values, d_moments = _whiten_bwd(grad, values, mask, stats, flags, eps, by_row, True, False)
+    mask, (g, rows) = _padded(cu_seqlens, mask, grad, values)
+    d_values, d_moments = _whiten_bwd(g, rows, mask, stats, flags, eps, by_row, True, False)
+    d_values = affine_scan.unrows(cu_seqlens, d_values, values)
     return d_values if needs[0] else values.new_empty(0), d_moments if needs[1] else stats.new_empty(0)

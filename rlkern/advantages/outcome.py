@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the estimators share: the checks of a batch, and outcome advantages, one number a row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from rlkern import check, library
+from rlkern.backends import CPP, pick
+from rlkern.group import index_for, wrong_rows
+from rlkern.labels import readable
+from rlkern.types import Advantages, GroupIndex
+
+WHITEN_MASKED = [True, False, True, True, True]  # unbiased, eps floors the variance, shift the mean, scale, mask the output
+WHITEN_EPS = 1e-8
+
+
+def batch(op: str, token_level_rewards: Tensor, cu_seqlens: Tensor | None, **others: Tensor) -> Tensor | None:
+    """Checks (B, T), or packed (N,), and returns the offsets of the packed rows."""
+    check.batch(op, "token_level_rewards", token_level_rewards, cu_seqlens)
+    check.tensors(op, token_level_rewards, token_level_rewards=token_level_rewards, **others)
+    if cu_seqlens is not None:
+        return check.lengths(op, cu_seqlens, token_level_rewards)
+    if token_level_rewards.dim() != 2:
+        raise check.fail(
+            op, "token_level_rewards", "be (B, T)", check.describe(token_level_rewards), "One row a response; packed rows need cu_seqlens."
+        )
+    return None
+
+
+def plain(x: Tensor) -> Any:
+    """Rows of inner stride 1, out of autograd's sight."""
+    return check.inner(x.detach() if x.requires_grad else x)
+
+
+def outcome(
+    name: str,
+    token_level_rewards: Tensor,
+    response_mask: Tensor,
+    index: Any,
+    cu_seqlens: Tensor | None,
+    out: Tensor | None,
+    baseline: str,
+    scale: bool = False,
+    eps: float = 0.0,
+    whiten: list[bool] | None = None,
+) -> Advantages:
+    op = f"advantages.{name}"
+    cu = batch(op, token_level_rewards, cu_seqlens, response_mask=response_mask)
+    if out is not None:
+        dtype = check.result_dtype(token_level_rewards, response_mask)
+        out = check.out_tensors(op, out, token_level_rewards, [dtype], False)
+    rewards, mask = plain(token_level_rewards), plain(response_mask)
+    rows = token_level_rewards.shape[0] if cu is None else cu.shape[0] - 1
+    backend = pick("_group_advantage_fwd", rewards)
+    rest = (cu, baseline, scale, eps, "raw", whiten, WHITEN_EPS)
+    if backend == CPP and not isinstance(index, GroupIndex) and library.unheard((rewards, mask, cu)):
+        labels = readable(index)  # the kernel takes them as they are: no tensor is made of them
+        if len(labels) != rows:
+            raise wrong_rows(op, len(labels), rows)
+        advantages = library.run(library.OPS["_group_advantage_fwd"], (rewards, mask, labels, None, None, *rest), backend, out)
+    else:
+        group = index_for(op, index, rows, rewards)
+        parts = (group.ids, group.order, group.offsets)
+        advantages = library.call("_group_advantage_fwd", rewards, mask, *parts, *rest, backend=backend, out=out)
+    return Advantages(advantages, advantages)
