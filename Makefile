@@ -7,7 +7,11 @@ BIN := $(CURDIR)/$(VENV)/bin
 SOURCES := setup.py CMakeLists.txt README.md LICENSE $(shell find csrc rlkern kernels bench -type f ! -name '*.pyc' ! -name '*.so')
 CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PYTEST_ARGS ?=
+TRITON_TESTS := tests/test_kl.py tests/test_shape_rewards.py tests/test_kernels_math.py tests/test_kernels_rows.py  # the families in kernels/
 ASAN := build/asan
+GPU := build/gpu
+GPU_RESULTS ?= build/gpu
+GPU_COMMIT ?= $(shell git rev-parse HEAD 2>/dev/null)
 export PATH := $(BIN):$(PATH)
 unexport PYTHONPATH
 
@@ -23,6 +27,7 @@ run: $(VENV)/.installed ## set up, check every op on a real rollout batch, then 
 
 test: $(VENV)/.installed ## set up and run the tests (PYTEST_ARGS="-k gae" for some)
 	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest --backend triton $(TRITON_TESTS) $(PYTEST_ARGS) || [ $$? = 5 ]  # interpreted; 5: PYTEST_ARGS chose none
 
 bench: $(VENV)/.installed ## absolute times per op, kept in .benchmarks (for claims use: rlkern bench)
 	$(BIN)/pytest --pyargs rlkern.bench -o python_files='bench_*.py' --benchmark-autosave $(PYTEST_ARGS)
@@ -48,14 +53,17 @@ pure: $(VENV)/.installed ## the tests on the pure-Python package (RLKERN_NATIVE=
 	rm -rf build/lib*
 	PYTHONPATH=$(CURDIR)/build/pure $(BIN)/pytest --ignore tests/test_packaging.py --ignore tests/test_bans.py $(PYTEST_ARGS)
 
-sass: ## machine code of the GPU kernels (not in this release)
-	@echo "make sass: this release has no Triton or CUDA kernel whose machine code could be checked."; exit 1
+sass: $(VENV)/.installed ## compile the Triton kernels for sm_80 to sm_120 and gfx942, and hold the machine code to their plans
+	$(BIN)/python tools/sass_check.py
 
 cuda-build: ## compile the CUDA module without a GPU (not in this release)
 	@echo "make cuda-build: this release has no csrc/cuda and no CUDA target in CMakeLists.txt."; exit 1
 
-gpu: ## the tests on a GPU (not in this release)
-	@echo "make gpu: this release has no GPU backend; on GPU tensors the ops run on the torch backend."; exit 1
+# With that machine's own Python, torch and Triton: nothing is fetched. GPU_RESULTS is where the results go.
+gpu: ## on a machine with a GPU: install beside its own torch, run every test there, then the table (under nine minutes)
+	rm -rf $(GPU)/site
+	RLKERN_NATIVE=1 $(PYTHON) -m pip install -q --no-build-isolation --no-deps --target $(GPU)/site .
+	PYTHONPATH=$(CURDIR)/$(GPU)/site $(PYTHON) tools/gpu.py $(GPU_RESULTS) $(GPU_COMMIT)
 
 # Dependencies and tools. The package comes along as pure Python here: the rule below builds it with the venv's own
 # CMake and Ninja, whose objects in build/ survive, so that a changed file costs one compilation.

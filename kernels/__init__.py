@@ -3,14 +3,25 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+from collections.abc import Callable
 from typing import Any
+
+# The raw ops of each family; the launcher of `_<op>` is `<op>` in the family's module.
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "kl": ("_kl_penalty_fwd", "_kl_penalty_bwd", "_shape_rewards_fwd", "_shape_rewards_bwd"),
+}
+_FAMILY_OF = {op: family for family, ops in FAMILIES.items() for op in ops}
 
 
 def has(op: str) -> bool:
     """Is there a Triton kernel for raw op `op`?"""
-    return False
+    return op in _FAMILY_OF
 
 
-def run(op: str, *args: Any) -> Any:
-    """Launch raw op `op`."""
-    raise NotImplementedError(f"rlkern.kernels has no kernel for {op}")
+@functools.cache
+def launcher(op: str) -> Callable[..., Any]:
+    """What launches raw op `op`: its arguments, then its outputs (None where empty). It gives the op's count, or None."""
+    found: Callable[..., Any] = getattr(importlib.import_module(f"rlkern.kernels.{_FAMILY_OF[op]}"), op.removeprefix("_"))
+    return found

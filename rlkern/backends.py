@@ -19,6 +19,7 @@ NAMES = ("torch", "cpp", "triton", "cuda")
 TORCH, CPP, TRITON, CUDA = range(4)
 VALUE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _DTYPES = [*VALUE_DTYPES, torch.bool, torch.uint8, torch.int32, torch.int64]  # the order of enum Dtype in csrc/args.h
+_TORCH = tuple(int(x) for x in torch.__version__.split(".")[:2])
 
 logger = logging.getLogger("rlkern")
 
@@ -82,6 +83,8 @@ def _triton_reasons(op: str, device: str) -> list[str]:
     reasons = []
     if importlib.util.find_spec("triton") is None:
         reasons.append("the package triton is not installed (pip install rlkern[triton])")
+    if _TORCH < (2, 8):  # asked of torch: why_not is traced, and `import triton` cannot be
+        reasons.append(f"torch is {torch.__version__}; the kernels need Triton 3.4 or newer, which torch brings from 2.8 on")
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         reasons.append("tensors are on the CPU; Triton runs there only under TRITON_INTERPRET=1")
     if not reasons:

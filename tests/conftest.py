@@ -12,6 +12,7 @@ import torch
 
 import rlkern
 from rlkern import backends, library
+from rlkern.testing import through_gpu
 
 # A deadline would measure the machine; the function-scoped fixtures here hold no state that an example could change.
 hypothesis.settings.register_profile(
@@ -31,18 +32,60 @@ def reasons(backend: str) -> list[str]:
     return [] if not all(found) else found[0]
 
 
-MISSING = {name: why for name in backends.NAMES if (why := reasons(name))}
-AVAILABLE = [name for name in backends.NAMES if name not in MISSING]
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--backend", choices=backends.NAMES, help="run that backend's tests alone; triton: on the GPU, or interpreted")
 
 
-def pytest_report_header() -> list[str]:
-    lines = [f"rlkern {rlkern.__file__}: backends {', '.join(AVAILABLE)}"]
-    return lines + [f"  without {name}: {'; '.join(why)}" for name, why in MISSING.items()]
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("backend") != "triton":
+        return
+    if torch.cuda.is_available():
+        through_gpu()
+        return
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is first imported: it decides what @triton.jit makes
+    _hasten_interpreter()
 
 
-@pytest.fixture(params=AVAILABLE)
+def _hasten_interpreter() -> None:
+    """The interpreter patches Triton's language at each call of a device function, which takes most of its time; ours see
+    the language alone, and the launch has patched that already."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    call = InterpretedFunction.__call__
+
+    def fast(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.rewrite()(*args, **kwargs) if self.fn.__module__.startswith("rlkern.") else call(self, *args, **kwargs)
+
+    InterpretedFunction.__call__ = fast
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    missing = {name: why for name in backends.NAMES if (why := reasons(name))}
+    lines = [f"rlkern {rlkern.__file__}: backends {', '.join(available(config))}"]
+    return lines + [f"  without {name}: {'; '.join(why)}" for name, why in missing.items()]
+
+
+def available(config: pytest.Config) -> list[str]:
+    """The backends to test: the one named, or all that the machine has."""
+    only = config.getoption("backend")
+    return [only] if only else [name for name in backends.NAMES if not reasons(name)]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", available(metafunc.config), indirect=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("backend"):
+        others = [item for item in items if "backend" not in getattr(item, "fixturenames", ()) and item.path.name != "test_gpu.py"]
+        items[:] = [item for item in items if item not in others]
+        config.hook.pytest_deselected(items=others)
+
+
+@pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each backend the machine has, in force for the test."""
+    """Each backend to be tested, in force for the test."""
     with rlkern.use_backend(request.param):
         yield request.param
 
