@@ -45,6 +45,8 @@ def function(lines: int) -> str:
         ("rlkern/reference/scan.py", SPDX + "f = x.item\n", "rlkern/reference/scan.py:2: error: .item()"),
         ("rlkern/advantages/verl.py", SPDX + "assert x\n", "rlkern/advantages/verl.py:2: error: assert"),
         ("rlkern/check.py", SPDX + "def f(x):\n    assert x, 'no'\n", "rlkern/check.py:3: error: assert"),
+        ("kernels/scan.py", SPDX + "n = x.sum().item()\n", "kernels/scan.py:2: error: .item in a launcher"),
+        ("kernels/scan.py", SPDX + "n = x.cpu()\n", "kernels/scan.py:2: error: .cpu in a launcher"),
         ("rlkern/kl.py", "x = 1\n", "rlkern/kl.py:1: error: no SPDX"),
         ("Makefile", "all:\n", "Makefile:1: error: no SPDX"),
         (".ci/run", "#!/bin/bash\ntrue\n" + SPDX, ".ci/run:1: error: no SPDX"),

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The house's own lint: `python tools/bans.py [root]` prints what breaks a rule and exits 1 if anything does.
 
-Errors: Torch headers in csrc/; `.item()` and bare `assert` in the ops; files without an SPDX line; files over 400
-lines; Python functions over 60, their docstring not counted. Warnings: files over 300 lines, functions over 50.
+Errors: Torch headers in csrc/; `.item()` and bare `assert` in the ops; whatever waits for the device in kernels/; files without
+an SPDX line; files over 400 lines; Python functions over 60, their docstring not counted. Warnings: files over 300 lines,
+functions over 50.
 """
 
 import ast
@@ -17,6 +18,8 @@ CODE = {".py", ".pyi", ".h", ".cpp", ".cu", ".cuh"}
 SPDX_TOO = {".sh", ".toml", ".yml", ".yaml"}
 SPDX_NAMES = {"Makefile", "CMakeLists.txt", "run", ".clang-format"}
 OPS = re.compile(r"rlkern/(?!testing\.py)([^/]+|(reference|advantages)/.*)\.py")
+KERNELS = re.compile(r"kernels/.*\.py")
+WAITS = {"item", "tolist", "cpu", "numpy", "synchronize", "nonzero"}  # a CUDA graph could not hold them
 TORCH_HEADER = re.compile(r'\s*#\s*include\s*[<"](torch|ATen|c10)[/.]')
 FILE_LINES, FILE_AIM = 400, 300
 FUNCTION_LINES, FUNCTION_AIM = 60, 50
@@ -55,6 +58,8 @@ def python(name: str, text: str) -> Iterator[Finding]:
         where = f"{name}:{getattr(node, 'lineno', 0)}"
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield from size(where, f"function {node.name}", function_lines(node), FUNCTION_LINES, FUNCTION_AIM)
+        if KERNELS.fullmatch(name) and isinstance(node, ast.Attribute) and node.attr in WAITS:
+            yield Finding(True, where, f".{node.attr} in a launcher; it waits for the device")
         if not OPS.fullmatch(name):
             continue
         if isinstance(node, ast.Assert):
