@@ -125,6 +125,7 @@ def test_cli_verify_captured_batch(tmp_path: Path) -> None:
         (["verify", "--batch", "nowhere.safetensors"], "must name a file; got 'nowhere.safetensors'"),
         (["verify", "--backend", "fast"], "name must be one of auto, torch, cpp"),
         (["verify", "--backend", "cuda"], "backend 'cuda' cannot run here"),
+        (["verify", "--device", "tpu"], "--device must be one that torch has here"),
         (["verify", "--against", "trl"], "--against must be 'plain' or 'verl'"),
         (["bench", "--ops", "gea"], "--ops must be among"),
         (["bench", "--shape", "0", "8"], "--shape must be two positive numbers"),

@@ -32,9 +32,14 @@ class Data:
     vpreds: Tensor | None = None
     baselines: Tensor | None = None
 
+    def tensors(self) -> dict[str, Tensor]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+
     def to(self, dtype: torch.dtype, mask: torch.dtype) -> Data:
-        names = [f.name for f in fields(self) if isinstance(getattr(self, f.name), Tensor)]
-        return replace(self, **{n: getattr(self, n).to(mask if n == "mask" else dtype) for n in names})
+        return replace(self, **{name: x.to(mask if name == "mask" else dtype) for name, x in self.tensors().items()})
+
+    def on(self, device: str) -> Data:
+        return replace(self, **{name: x.to(device) for name, x in self.tensors().items()})
 
 
 def data_of(batch: RolloutBatch) -> Data:

@@ -93,11 +93,11 @@ def _worst(value: Tensor, exact: Tensor, allowed: Tensor) -> tuple[float, float]
     return float(gap.flatten()[at]), float(allowed.flatten()[at])
 
 
-def _measure(check: Check, data: Data, backend: str, ruler: _Ruler) -> Cell:
+def _measure(check: Check, data: Data, backend: str, device: str, ruler: _Ruler) -> Cell:
     cell = Cell(check.op, backend, data.old.dtype, data.mask.dtype)
     try:
         with backends.use_backend(backend):
-            found = check.ours(data)
+            found = {name: x.cpu() for name, x in check.ours(data.on(device)).items()}
     except AttributeError as error:
         return cell._replace(problem=f"missing: {error}")
     except Exception as error:  # a refusal and a crash are both a row of the table
@@ -120,6 +120,7 @@ def measure(
     names: Sequence[str],
     against: str = "plain",
     step: Callable[[Sequence[Check]], Any] = lambda checks: checks,
+    device: str = "cpu",
 ) -> tuple[list[Cell], list[str]]:
     """Every cell, and a line for each op that the batch lacks the fields for."""
     theirs = formulas.verl() if against == "verl" else formulas.plain()
@@ -133,13 +134,13 @@ def measure(
             for mask in MASKS:
                 here = data.to(dtype, mask)
                 ruler = _ruler(check, here, theirs)
-                cells += [_measure(check, here, name, ruler) for name in names]
+                cells += [_measure(check, here, name, device, ruler) for name in names]
     return cells, skipped
 
 
-def default_backends() -> list[str]:
-    """The backends that run on this machine's CPU: the reference, and the native module if it is there."""
-    return ["torch"] + (["cpp"] if backends.native is not None else [])
+def default_backends(device: str) -> list[str]:
+    """The backends that run on tensors of that device."""
+    return [name for name in backends.NAMES if not backends.why_not(name, "_gae_fwd", device.partition(":")[0])]
 
 
 def table(cells: Sequence[Cell], every: bool, against: str) -> Table:
@@ -165,12 +166,14 @@ def table(cells: Sequence[Cell], every: bool, against: str) -> Table:
     return found
 
 
-def verify(batch: rlkern.RolloutBatch, names: Sequence[str] | None, against: str, every: bool, console: Console) -> bool:
+def verify(
+    batch: rlkern.RolloutBatch, names: Sequence[str] | None, against: str, every: bool, console: Console, device: str = "cpu"
+) -> bool:
     """Run the comparison and print it; True if every cell is inside its budget."""
-    chosen = list(names or default_backends())
+    chosen = list(names or default_backends(device))
     tokens = int((batch.response_mask != 0).sum())
     console.print(
-        f"{batch.shape[0]} responses of up to {batch.shape[1]} tokens, {tokens} trainable; backends {', '.join(chosen)}; "
+        f"{batch.shape[0]} responses of up to {batch.shape[1]} tokens, {tokens} trainable; on {device}, backends {', '.join(chosen)}; "
         f"{len(DTYPES)} dtypes x {len(MASKS)} mask kinds."
     )
     label = "the formula" if against == "plain" else f"verl {formulas.verl_version()}"
@@ -178,7 +181,7 @@ def verify(batch: rlkern.RolloutBatch, names: Sequence[str] | None, against: str
     def progress(checks: Sequence[Check]) -> Any:
         return track(checks, "checking", console=console, transient=True)
 
-    cells, skipped = measure(batch, chosen, against, progress)
+    cells, skipped = measure(batch, chosen, against, progress, device)
     console.print(table(cells, every, label))
     for line in skipped:
         console.print(f"not checked: {line}")
