@@ -11,6 +11,12 @@ from typing import Any
 # The raw ops of each family; the launcher of `_<op>` is `<op>` in the family's module.
 FAMILIES: dict[str, tuple[str, ...]] = {
     "kl": ("_kl_penalty_fwd", "_kl_penalty_bwd", "_shape_rewards_fwd", "_shape_rewards_bwd"),
+    "scan": ("_gae_fwd",),
+    "scan_bwd": ("_gae_bwd", "_discounted_returns_bwd"),
+    "discounted_returns": ("_discounted_returns_fwd",),
+    "affine_scan": ("_affine_scan_fwd", "_affine_scan_bwd"),
+    "loss": ("_policy_loss_fwd", "_scale_fwd"),
+    "value_loss": ("_value_loss_fwd",),
 }
 _FAMILY_OF = {op: family for family, ops in FAMILIES.items() for op in ops}
 

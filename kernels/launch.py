@@ -28,6 +28,10 @@ class Block(NamedTuple):
 # 8 elements a thread: two 128-bit accesses of float32, one of bfloat16, and half of what a thread has room for.
 TOKENS = Block(1024, 4)  # many programs a row
 ROW = Block(2048, 8)  # one program a row: more threads, since rows are fewer than the GPU's places
+SCAN = Block(1024, 4)  # one program a part of a row: each thread reads what each warp of a scan adds up, so few warps are cheap
+NARROW = Block(1024, 4)  # one program a row, where ROW would spill
+PARTS = Block(1024, 8)  # at most so many spans, which one program merges: about 8 on each of the GPU's multiprocessors
+GROUP = Block(128, 1)  # one program a group of rows: mostly a few, which a warp adds without a barrier
 
 
 class Plan(NamedTuple):
@@ -125,6 +129,23 @@ def over_rows(
     over(rows.B, block, kernel, rows, tensors, cu_seqlens, *rest, **constexprs)
 
 
+def over_parts(
+    kernel: Any, rows: Rows, parts: int, tensors: Sequence[Tensor | None], cu_seqlens: Tensor | None, *rest: Any, **constexprs: Any
+) -> None:
+    """A program per part of a row: as over_rows."""
+    over(rows.B * parts, SCAN, kernel, rows, tensors, cu_seqlens, *rest, **constexprs)
+
+
+def over_spans(kernel: Any, rows: Rows, tensors: Sequence[Tensor | None], *rest: Any, **constexprs: Any) -> int:
+    """A program per span of blocks, however rows lie: kernel(*tensors, *strides, T, blocks, total, span, *rest). How many."""
+    blocks = triton.cdiv(rows.T * 16 if rows.aligned else rows.T, TOKENS.size)
+    total = rows.B * blocks
+    span = max(1, triton.cdiv(total, PARTS.size))
+    programs: int = triton.cdiv(total, span)
+    over(programs, TOKENS, kernel, rows, tensors, blocks, total, span, *rest, **constexprs)
+    return programs
+
+
 def over(programs: int, block: Block, kernel: Any, rows: Rows, tensors: Sequence[Tensor | None], *rest: Any, **constexprs: Any) -> None:
     """That many programs, on grid.x, on the device and the current stream of the tensors. Products and sums are never fused
     into multiply-adds unless the kernel says tl.fma: the bits are not the compiler's to choose."""
@@ -133,6 +154,15 @@ def over(programs: int, block: Block, kernel: Any, rows: Rows, tensors: Sequence
     options = {"BLOCK": block.size, "num_warps": block.num_warps, "enable_fp_fusion": False}
     with torch.cuda.device_of(next(x for x in tensors if x is not None)):
         kernel[(programs,)](*tensors, *rows.strides, rows.T, *rest, INNER=rows.inner, ALIGNED=rows.aligned, **constexprs, **options)
+
+
+def once(kernel: Any, programs: int, block: Block, *args: Any, **constexprs: Any) -> None:
+    """So many programs, of what is no rows of tokens: kernel(*args)."""
+    if programs == 0:
+        return
+    options = {"BLOCK": block.size, "num_warps": block.num_warps, "enable_fp_fusion": False}
+    with torch.cuda.device_of(next(x for x in args if isinstance(x, Tensor))):
+        kernel[(programs,)](*args, **constexprs, **options)
 
 
 # ---- inside a kernel ------------------------------------------------------------------------------------------------
@@ -144,6 +174,22 @@ def block_of(T, blocks, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
     if ALIGNED:
         T = T * 16
     return (program // blocks).to(tl.int64), first, within(first, T, ALIGNED, BLOCK)
+
+
+@triton.jit
+def span_of(T, total, span, ALIGNED: tl.constexpr):
+    """Of this program among those of `over_spans`: its first block, the one after its last, and T in tokens."""
+    i = tl.program_id(0) * span
+    if ALIGNED:
+        T = T * 16
+    return i, tl.minimum(i + span, total), T
+
+
+@triton.jit
+def block_at(i, T, blocks, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    """Of block i among those of `over_spans`: its row, its first token, and which tokens exist."""
+    first = (i % blocks).to(tl.int64) * BLOCK
+    return (i // blocks).to(tl.int64), first, within(first, T, ALIGNED, BLOCK)
 
 
 @triton.jit
