@@ -15,14 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from rlkern.kernels import launch, math
-from rlkern.kernels.launch import TOKENS, Block, Plan, Rows, Variant, variants
+from rlkern.kernels.launch import MERGE, SWEEP, TOKENS, Block, Plan, Rows, Variant, variants
 
 VARIANTS: list[Variant] = []
-ROWS, CHUNKS, COLUMNS = tl.constexpr(16), tl.constexpr(64), tl.constexpr(256)
+CHUNKS, COLUMNS = tl.constexpr(64), tl.constexpr(256)
+ROWS = tl.constexpr(MERGE.size // CHUNKS.value)
 FIELDS = tl.constexpr(16)  # at least a table's lines
-SWEEP = Block(512, 4)  # 4 elements a thread: with a loss's ten sums, 8 take twice the registers and half the places
 LANES = tl.constexpr(SWEEP.size // 4)  # what a thread adds up is a lane
-MERGE = Block(ROWS.value * CHUNKS.value, 8)
 LOCAL, IN_TENSOR = tl.constexpr(1), tl.constexpr(2)  # where a denominator comes from; 0: it is a number
 
 # The lines of a table: how many, the weighted sums (from, to), the first maximum.
@@ -58,9 +57,8 @@ def by_lanes(x, ALIGNED: tl.constexpr):
 
 @triton.jit
 def in_lanes(x, ALIGNED: tl.constexpr):
-    """The sum of a block's elements, left in lanes; of a test, how many pass."""
-    if x.dtype == tl.int1:
-        x = x.to(tl.int32)
+    """The float64 sum of a block's elements, left in lanes; of a test, how many pass."""
+    x = x.to(tl.int32 if x.dtype == tl.int1 else tl.float64)
     return tl.sum(by_lanes(x, ALIGNED), 1 if ALIGNED else 0)
 
 

@@ -29,6 +29,8 @@ class Block(NamedTuple):
 TOKENS = Block(1024, 4)  # many programs a row
 ROW = Block(2048, 8)  # one program a row: more threads, since rows are fewer than the GPU's places
 SCAN = Block(1024, 4)  # one program a part of a row: each thread reads what each warp of a scan adds up, so few warps are cheap
+SWEEP = Block(512, 4)  # a chunk of a row a program, with its sums: of ten sums, 8 elements a thread take twice the registers
+MERGE = Block(1024, 8)  # what the programs of a few rows left: one program, 4 elements a thread of each sum
 NARROW = Block(1024, 4)  # one program a row, where ROW would spill
 PARTS = Block(1024, 8)  # at most so many spans, which one program merges: about 8 on each of the GPU's multiprocessors
 GROUP = Block(128, 1)  # one program a group of rows: mostly a few, which a warp adds without a barrier

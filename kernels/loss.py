@@ -9,9 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from rlkern.kernels import aggregation, launch, math
-from rlkern.kernels.aggregation import SWEEP, Layout, in_lanes, largest_in_lanes, leave, merged, none, valid_tokens
+from rlkern.kernels.aggregation import Layout, in_lanes, largest_in_lanes, leave, merged, none, valid_tokens
 from rlkern.kernels.kl import bounds, kl_grad, kl_value, options
-from rlkern.kernels.launch import TOKENS, Plan, Variant, variants
+from rlkern.kernels.launch import SWEEP, TOKENS, Plan, Variant, variants
 
 VARIANTS: list[Variant] = [*aggregation.VARIANTS]
 # tokens, sequences, clipped, clipped_lower, neg_log_ratio, pg_loss, kl_loss, entropy_loss, nonfinite; then the log-ratio's
@@ -116,23 +116,19 @@ def policy_loss_fwd_kernel(
         if KL != "none":
             ref = launch.load(ref_log_prob, ref_log_prob_stride, start, first, inside, INNER[5], ALIGNED).to(A)
             kl = kl_value(lp, ref, ratio_low, ratio_high, value_low, value_high, KL, BOUNDED)
-            kls += in_lanes(tl.where(valid, kl, 0.0).to(tl.float64), ALIGNED)
+            kls += in_lanes(tl.where(valid, kl, 0.0), ALIGNED)
         if KL_GRAD:
             d += math.constant(kl_coef, A) * kl_grad(lp, ref, ratio_low, ratio_high, value_low, value_high, KL, BOUNDED, STRAIGHT)
         if entropy is not None:
             bonus = launch.load(entropy, entropy_stride, start, first, inside, INNER[6], ALIGNED)
-            bonuses += in_lanes(tl.where(valid, bonus, 0.0).to(tl.float64), ALIGNED)
+            bonuses += in_lanes(tl.where(valid, bonus, 0.0), ALIGNED)
         if d_log_prob is not None:
             launch.store(d_log_prob, d_log_prob_stride, start, first, tl.where(valid, d * g, 0.0), inside, ALIGNED)
         if d_entropy is not None:
             launch.store(d_entropy, d_entropy_stride, start, first, tl.where(valid, d_bonus, 0.0), inside, ALIGNED)
         loss = tl.where(valid, loss, 0.0)
         found, clips, lowers = found + in_lanes(valid, ALIGNED), clips + in_lanes(clipped, ALIGNED), lowers + in_lanes(lower, ALIGNED)
-        bads, xs, losses = (
-            bads + in_lanes(loss - loss != 0, ALIGNED),
-            xs + in_lanes(x.to(tl.float64), ALIGNED),
-            losses + in_lanes(loss.to(tl.float64), ALIGNED),
-        )
+        bads, xs, losses = bads + in_lanes(loss - loss != 0, ALIGNED), xs + in_lanes(x, ALIGNED), losses + in_lanes(loss, ALIGNED)
         far, most = largest(far, most, raw, valid, ALIGNED)
         first += BLOCK
     leave_policy(parts, found, clips, lowers, xs, losses, kls, bonuses, bads, most, far)

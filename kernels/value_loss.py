@@ -10,8 +10,8 @@ from torch import Tensor
 
 from rlkern.kernels import aggregation, launch
 from rlkern.kernels import math as scalar
-from rlkern.kernels.aggregation import SWEEP, Layout, in_lanes, largest_in_lanes, leave, merged, none, valid_tokens
-from rlkern.kernels.launch import Plan, Variant, variants
+from rlkern.kernels.aggregation import Layout, in_lanes, largest_in_lanes, leave, merged, none, valid_tokens
+from rlkern.kernels.launch import SWEEP, Plan, Variant, variants
 
 VARIANTS: list[Variant] = []
 LAYOUT: Layout = (7, 4, 5, 6)  # tokens, sequences, clipped, vpreds, vf_loss, nonfinite; the largest size of an error
@@ -61,12 +61,9 @@ def value_loss_fwd_kernel(
         loss, grad, clipped = value_token(vpred, ret, value, scalar.constant(clip, A))  # all 0 where masked
         if d_vpreds is not None:
             launch.store(d_vpreds, d_vpreds_stride, start, first, tl.where(valid, grad * g, 0.0), inside, ALIGNED)
-        found, clips, bads = (
-            found + in_lanes(valid, ALIGNED),
-            clips + in_lanes(clipped, ALIGNED),
-            bads + in_lanes(loss - loss != 0, ALIGNED),
-        )
-        predictions, losses = predictions + in_lanes(vpred.to(tl.float64), ALIGNED), losses + in_lanes(loss.to(tl.float64), ALIGNED)
+        found, clips = found + in_lanes(valid, ALIGNED), clips + in_lanes(clipped, ALIGNED)
+        bads += in_lanes(loss - loss != 0, ALIGNED)
+        predictions, losses = predictions + in_lanes(vpred, ALIGNED), losses + in_lanes(loss, ALIGNED)
         size = tl.abs(vpred - ret)
         far = scalar.maximum(far, largest_in_lanes(tl.where(size == size, size, 0.0), ALIGNED))
         first += BLOCK

@@ -49,6 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def _hasten_interpreter() -> None:
     """The interpreter patches Triton's language at each call of a device function, which takes most of its time; ours see
     the language alone, and the launch has patched that already."""
+    import numpy
     from triton.language import core
     from triton.runtime.interpreter import InterpretedFunction
 
@@ -60,6 +61,7 @@ def _hasten_interpreter() -> None:
         return self.rewrite()(*args, **kwargs) if patched else call(self, *args, **kwargs)
 
     InterpretedFunction.__call__ = fast
+    numpy.seterr(all="ignore")  # it computes by numpy, which would say so at each NaN, infinity and underflow
     _hasten_scans()
     _fuse()
 
@@ -81,13 +83,13 @@ def _fuse() -> None:
 def _hasten_scans() -> None:
     """The interpreter's scan takes an element at a time; in log steps on whole blocks, as here and on the GPU, it is some
     hundred times as fast."""
-    import numpy as np
+    import numpy
     from triton.runtime.interpreter import ScanOps
 
     def scan(self: Any, given: Any) -> Any:
         found, size, k = list(given), given[0].handle.data.size, 1
         while k < size:
-            far = [self.to_tensor(np.roll(x.handle.data, k), x.dtype) for x in found]
+            far = [self.to_tensor(numpy.roll(x.handle.data, k), x.dtype) for x in found]
             both = self.combine_fn.rewrite()(*far, *found)
             for near, y in zip(found, both, strict=True):
                 y.handle.data[:k] = near.handle.data[:k]

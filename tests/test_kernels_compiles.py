@@ -80,6 +80,24 @@ def step(T, make):
 
 every(step, (1, 2, 15, 16, 17, *range(1000, 1010), 4096, 9000, 9008, 131072), 131072)  # the last three are cut into parts
 """
+WHITEN = """
+def step(T, make):
+    v, mask, out = (make(T) for _ in range(3))
+    flags, one, rows = [True, False, True, True, True], torch.empty(3, dtype=torch.float64), torch.empty(8, 3, dtype=torch.float64)
+    launch("_masked_sum_fwd", v, mask, None, False, False, False, torch.empty(()), None)
+    launch("_masked_sum_fwd", v, mask, None, True, False, False, torch.empty(8), None)
+    launch("_masked_sum_bwd", torch.empty(()), v, mask, None, None, False, False, out)
+    launch("_masked_sum_bwd", torch.empty(8), v, mask, None, None, True, False, out)
+    launch("_masked_whiten_fwd", v, mask, None, flags, 1e-8, True, out, one)
+    launch("_masked_whiten_bwd", v, v, mask, None, one, flags, 1e-8, out)
+    launch("_masked_normalize_fwd", v, mask, None, flags, 1e-8, True, out, rows)
+    launch("_masked_normalize_bwd", v, v, mask, None, rows, flags, 1e-8, out)
+    launch("_whiten_apply_fwd", v, mask, None, rows, flags, 1e-8, True, out)
+    index, options = (torch.arange(8), torch.arange(8), torch.tensor([0, 3, 8])), ("mean", True, 1e-6, "raw")
+    launch("_group_advantage_fwd", v, mask, *index, None, *options, flags, 1e-8, out)
+
+every(step)
+"""
 TWICE = {
     "kl": (KL, ["kl_penalty_bwd", "kl_penalty_fwd", "placed_rewards_fwd", "shape_rewards_bwd", "shape_rewards_fwd"]),
     "loss": (
@@ -91,12 +109,20 @@ TWICE = {
         [f"{op}_{way}" for op in ("affine_scan", "discounted_returns") for way in ("fwd", "local", "bwd", "bwd_local")]
         + ["gae_fwd", "gae_local", "gae_bwd", "whiten"],
     ),
+    "whiten": (
+        WHITEN,
+        [f"masked_{name}" for name in ("normalize_fwd", "reduce_bwd", "reduce_rows_bwd", "reduce_rows_fwd", "sum_parts")]
+        + [f"whiten_{name}" for name in ("apply_rows_fwd", "bwd", "rows_bwd", "sums")]
+        + ["group_advantage_fwd", "group_scores"],
+    ),
 }
 # Kernels of no tokens, and those that a step calls with more than one choice of options.
 OTHERWISE = {
     "kl": {},
     "loss": {"merge_rows": 3},  # of the mask's counts, of a policy loss and of a value loss
     "scan": {"carries": 4, "gae_carries": 1, "merge": 1},  # carries: two directions, cuts or none
+    "whiten": {"group_normalize_fwd": 1, "masked_reduce_merge": 1, "whiten_factors": 1, "whiten_scale": 1}
+    | {"masked_moments_parts": 3, "whiten_apply_fwd": 3},  # of tokens, and of rows, in float64
 }
 
 
