@@ -7,8 +7,6 @@ BIN := $(CURDIR)/$(VENV)/bin
 SOURCES := setup.py CMakeLists.txt README.md LICENSE $(shell find csrc rlkern kernels bench -type f ! -name '*.pyc' ! -name '*.so')
 CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PYTEST_ARGS ?=
-TRITON_TESTS := tests/test_kl.py tests/test_shape_rewards.py tests/test_kernels_math.py tests/test_kernels_rows.py
-TRITON_SOME := $(addprefix tests/test_,$(addsuffix .py,scan discounted_returns affine_scan loss value_loss))
 ASAN := build/asan
 GPU := build/gpu
 GPU_RESULTS ?= build/gpu
@@ -26,10 +24,9 @@ run: $(VENV)/.installed ## set up, check every op on a real rollout batch, then 
 	$(BIN)/rlkern verify
 	$(BIN)/rlkern bench --quick
 
-test: $(VENV)/.installed ## set up and run the tests (PYTEST_ARGS="-k gae" for some)
-	$(BIN)/pytest $(PYTEST_ARGS)
-	$(BIN)/pytest --backend triton $(TRITON_TESTS) $(PYTEST_ARGS) || [ $$? = 5 ]  # interpreted; 5: PYTEST_ARGS chose none
-	$(BIN)/pytest --backend triton $(TRITON_SOME) -k "known_values or ignores or matches" $(PYTEST_ARGS) || [ $$? = 5 ]
+test: $(VENV)/.installed ## set up and run the tests, those of the Triton kernels interpreted (PYTEST_ARGS="-k gae" for some)
+	$(BIN)/pytest -n auto $(PYTEST_ARGS)
+	$(BIN)/pytest -n auto --backend triton $(PYTEST_ARGS) || [ $$? = 5 ]  # 5: PYTEST_ARGS chose none
 
 bench: $(VENV)/.installed ## absolute times per op, kept in .benchmarks (for claims use: rlkern bench)
 	$(BIN)/pytest --pyargs rlkern.bench -o python_files='bench_*.py' --benchmark-autosave $(PYTEST_ARGS)

@@ -18,7 +18,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "moments": tuple(f"_masked_{kind}_{way}" for kind in ("sum", "mean", "var", "moments") for way in ("fwd", "bwd")),
     "whiten": ("_masked_whiten_fwd", "_masked_normalize_fwd", "_whiten_apply_fwd"),
     "whiten_bwd": ("_masked_whiten_bwd", "_masked_normalize_bwd", "_whiten_apply_bwd"),
-    "group": ("_group_mean_std_fwd", "_group_mean_std_bwd", "_group_normalize_fwd", "_group_normalize_bwd", "_group_advantage_fwd"),
+    "group": ("_group_mean_std_fwd", "_group_mean_std_bwd", "_group_normalize_fwd", "_group_normalize_bwd"),
+    "group_advantage": ("_group_advantage_fwd",),
     "loss": ("_policy_loss_fwd", "_scale_fwd"),
     "value_loss": ("_value_loss_fwd",),
 }

@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Group statistics over scores, and outcome advantages: row sums, their groups, one value broadcast over each row's mask.
-
-A program a group walks its rows in order, in float64. `order` and `offsets` are what rlkern.group_index made: nothing here can
-judge them, and other numbers read or write outside their tensors.
+"""Group statistics over scores. A program a group walks its rows in order, in float64. `order` and `offsets` are what
+rlkern.group_index made: nothing here can judge them, and other numbers read or write outside their tensors.
 """
 
-import torch
 import triton.language as tl
 from torch import Tensor
 
-from rlkern.kernels import group_math, launch, moments_math, whiten
-from rlkern.kernels.launch import GROUP, NARROW, ROW, Plan, Variant, variants
+from rlkern.kernels import group_math, launch, moments_math
+from rlkern.kernels.launch import GROUP, Plan, Variant, variants
 
 VARIANTS: list[Variant] = []  # what tools/sass_check.py compiles
 
@@ -132,53 +129,6 @@ _PLAN = Plan(loads=(), stores=(), row_loads=_HEAD + _PASS * 4 + ("grad",) * 8, r
 VARIANTS += variants(group_normalize_bwd_kernel, GROUP, _PLAN, _GRPO, **_INDEX)
 
 
-# ---- outcome advantages ---------------------------------------------------------------------------------------------
-@launch.kernel
-def group_scores_kernel(
-    rewards, mask, rewards_stride: tl.int64, mask_stride: tl.int64, T: tl.int64, cu_seqlens, scores, counts,
-    INNER: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Sum of the rewards, and number of valid tokens where a mask is given."""
-    row, start, T = launch.row_of(T, cu_seqlens, ALIGNED)
-    sum, count = tl.full((), 0, tl.float64), T - T
-    first = T - T
-    while first < T:
-        inside = launch.within(first, T, ALIGNED, BLOCK)
-        sum += tl.sum(moments_math.weights_of(rewards, rewards_stride, start, first, inside, tl.float64, INNER[0], ALIGNED), 0)
-        if mask is not None:
-            valid = launch.load(mask, mask_stride, start, first, inside, INNER[1], ALIGNED) != 0
-            count += tl.sum(tl.where(inside, tl.where(valid, 1, 0), 0), 0)
-        first += BLOCK
-    tl.store(scores + row, sum)
-    if mask is not None:
-        tl.store(counts + row, count.to(tl.float64))
-
-
-_PLAN = Plan(loads=("rewards",), stores=(), row_stores=("scores",), registers=(64, 64))
-VARIANTS += variants(group_scores_kernel, NARROW, _PLAN, {}, scores="fp64")
-_PLAN = _PLAN._replace(loads=("rewards", "mask"), row_stores=("scores", "counts"))
-VARIANTS += variants(group_scores_kernel, NARROW, _PLAN, {}, mask="i64", scores="fp64", counts="fp64")
-
-
-@launch.kernel
-def group_advantage_fwd_kernel(
-    mask, out, mask_stride: tl.int64, out_stride: tl.int64, T: tl.int64, cu_seqlens, row_values,
-    INNER: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row, start, T = launch.row_of(T, cu_seqlens, ALIGNED)
-    value = tl.load(row_values + row)
-    first = T - T
-    while first < T:
-        inside = launch.within(first, T, ALIGNED, BLOCK)
-        valid = launch.load(mask, mask_stride, start, first, inside, INNER[0], ALIGNED) != 0
-        launch.store(out, out_stride, start, first, tl.where(valid, value, 0.0), inside, ALIGNED)
-        first += BLOCK
-
-
-_PLAN = Plan(loads=("mask",), stores=("out",), row_loads=("row_values",), registers=(64, 64))
-VARIANTS += variants(group_advantage_fwd_kernel, ROW, _PLAN, {}, mask="i64", row_values="fp64")
-
-
 # ---- launchers ------------------------------------------------------------------------------------------------------
 def group_mean_std_fwd(
     scores: Tensor,
@@ -254,37 +204,3 @@ def group_normalize_bwd(
         weights = (lengths, 0 if lengths is None else lengths.stride(0))
         args = (grad, scores, scores.stride(0), *weights, order, offsets, d_scores, eps)
         launch.once(group_normalize_bwd_kernel, offsets.shape[0] - 1, GROUP, *args, **options)
-
-
-def group_advantage_fwd(
-    token_level_rewards: Tensor,
-    response_mask: Tensor,
-    ids: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    cu_seqlens: Tensor | None,
-    baseline: str,
-    scale: bool,
-    eps: float,
-    singleton: str,
-    flags: list[bool] | None,
-    whiten_eps: float,
-    out: Tensor | None,
-) -> Tensor | float:
-    """The count of a whitened batch, for the CPU's judge. A row's valid tokens are equal: its value, weighted by their number."""
-    rows = ids.shape[0]
-    scores, counts, values = torch.empty((3, rows), dtype=torch.float64, device=ids.device).unbind(0)
-    weighted = baseline == "length_weighted"
-    tensors = (token_level_rewards, response_mask if weighted or flags is not None else None)
-    launch.over_rows(group_scores_kernel, launch.rows(tensors, cu_seqlens=cu_seqlens), tensors, cu_seqlens, scores, counts, block=NARROW)
-    lengths = counts if weighted else None
-    group_normalize_fwd(scores, lengths, ids, order, offsets, baseline, scale, True, eps, singleton, values if rows else None)
-    count: Tensor | float = 0.0
-    if flags is not None:
-        whitened = torch.empty_like(values)
-        count = whiten.masked_whiten_fwd(values, counts, None, flags, whiten_eps, False, whitened if rows else None, None)
-        values = whitened
-    if out is not None:
-        tokens = (response_mask, out)
-        launch.over_rows(group_advantage_fwd_kernel, launch.rows(tokens, cu_seqlens=cu_seqlens), tokens, cu_seqlens, values)
-    return count

@@ -121,7 +121,7 @@ OTHERWISE = {
     "kl": {},
     "loss": {"merge_rows": 3},  # of the mask's counts, of a policy loss and of a value loss
     "scan": {"carries": 4, "gae_carries": 1, "merge": 1},  # carries: two directions, cuts or none
-    "whiten": {"group_normalize_fwd": 1, "masked_reduce_merge": 1, "whiten_factors": 1, "whiten_scale": 1}
+    "whiten": {"group_merge": 1, "group_normalize_fwd": 1, "masked_reduce_merge": 1, "whiten_factors": 1, "whiten_scale": 1}
     | {"masked_moments_parts": 3, "whiten_apply_fwd": 3},  # of tokens, and of rows, in float64
 }
 
