@@ -30,16 +30,23 @@ def product_of(c_far, e_far, c, e):
 
 
 @triton.jit
+def after(c, e, x_far, x):
+    """x + (c + e) x_far; e is no part of an infinity, since 0 times that is NaN."""
+    rest = tl.where(tl.abs(x_far) == float("inf"), x, tl.fma(e, x_far, x))
+    return tl.fma(c, x_far, rest)
+
+
+@triton.jit
 def compose(c_far, e_far, x_far, c, e, x):
     product, rest = product_of(c_far, e_far, c, e)
-    return product, rest, tl.fma(c, x_far, tl.fma(e, x_far, x))
+    return product, rest, after(c, e, x_far, x)
 
 
 @triton.jit
 def compose_cut(c_far, e_far, x_far, c, e, x):
     """A decay of 0 lets nothing pass, not even a NaN."""
     _product, rest = product_of(c_far, e_far, c, e)
-    return joined(c_far, c, True), rest, tl.where(c == 0.0, x, tl.fma(c, x_far, tl.fma(e, x_far, x)))
+    return joined(c_far, c, True), rest, tl.where(c == 0.0, x, after(c, e, x_far, x))
 
 
 @triton.jit

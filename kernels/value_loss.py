@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Value loss, in the manner of loss.py."""
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlkern.kernels import aggregation, launch
-from rlkern.kernels import math as scalar
+from rlkern.kernels import aggregation, launch, math
 from rlkern.kernels.aggregation import Layout, in_lanes, largest_in_lanes, leave, merged, none, valid_tokens
 from rlkern.kernels.launch import SWEEP, Plan, Variant, variants
 
@@ -26,7 +23,7 @@ def value_token(vpred, ret, value, clip):
     if value is None:
         return 0.5 * plain, error, plain > plain
     else:
-        inside = tl.where(value != value, value, scalar.clamped(vpred, value - clip, value + clip))
+        inside = tl.where(value != value, value, math.clamped(vpred, value - clip, value + clip))
         other = inside - ret
         clipped_term = other * other
         clipped, moved = clipped_term > plain, (inside < vpred) | (inside > vpred)
@@ -58,14 +55,14 @@ def value_loss_fwd_kernel(
         value = None
         if values is not None:
             value = tl.where(valid, launch.load(values, values_stride, start, first, inside, INNER[2], ALIGNED).to(A), 0.0)
-        loss, grad, clipped = value_token(vpred, ret, value, scalar.constant(clip, A))  # all 0 where masked
+        loss, grad, clipped = value_token(vpred, ret, value, math.constant(clip, A))  # all 0 where masked
         if d_vpreds is not None:
             launch.store(d_vpreds, d_vpreds_stride, start, first, tl.where(valid, grad * g, 0.0), inside, ALIGNED)
         found, clips = found + in_lanes(valid, ALIGNED), clips + in_lanes(clipped, ALIGNED)
         bads += in_lanes(loss - loss != 0, ALIGNED)
         predictions, losses = predictions + in_lanes(vpred, ALIGNED), losses + in_lanes(loss, ALIGNED)
         size = tl.abs(vpred - ret)
-        far = scalar.maximum(far, largest_in_lanes(tl.where(size == size, size, 0.0), ALIGNED))
+        far = math.maximum(far, largest_in_lanes(tl.where(size == size, size, 0.0), ALIGNED))
         first += BLOCK
     leave(parts, 0, tl.sum(found, 0))
     leave(parts, 2, tl.sum(clips, 0))
@@ -124,7 +121,7 @@ def value_loss_fwd(
     maxes: Tensor,
     d_vpreds: Tensor | None,
 ) -> None:
-    tensors = (vpreds, returns, None if clip == math.inf else values, mask, d_vpreds)
+    tensors = (vpreds, returns, values, mask, d_vpreds)
     at = aggregation.chunked(tensors, cu_seqlens, {})
     agg = aggregation.aggregation(mode, numbers, counts)
     row_counts = local = None

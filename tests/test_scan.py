@@ -141,6 +141,17 @@ def test_gae_ignores_masked(backend):
     assert got[1:].isfinite().all()
 
 
+def test_gae_infinite_reward(backend):
+    """It reaches what lies before it in its row, as it would token by token, and nothing else."""
+    rewards, values, mask = inputs(3, 300)
+    clean = rlkern.gae(rewards, values, mask * 0 + 1, gamma=0.99, lam=0.95).advantages
+    rewards[1, 200] = torch.inf
+    advantages = rlkern.gae(rewards, values, mask * 0 + 1, gamma=0.99, lam=0.95).advantages
+    assert (advantages[1, :201] == torch.inf).all()
+    assert torch.equal(advantages[1, 201:], clean[1, 201:])
+    assert torch.equal(advantages[::2], clean[::2])
+
+
 @pytest.mark.parametrize(("B", "T", "why"), SHAPES[:-1])
 def test_gae_edge_shapes(backend, B, T, why):
     rewards, values, mask = inputs(B, T)

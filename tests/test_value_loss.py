@@ -132,9 +132,10 @@ def test_value_loss_ignores_masked(backend):
     for which in range(3):
         shown = [x.clone() for x in tensors]
         shown[which][1, 3] = torch.nan
-        loss, grad = value_and_grad(rlkern.value_loss, *shown, torch.ones(6, 83))
-        assert loss.isnan()
-        assert grad.isnan().nonzero().tolist() == [[1, 3]]
+        for clip in (math.inf, 0.5):
+            loss, grad = value_and_grad(rlkern.value_loss, *shown, torch.ones(6, 83), cliprange_value=clip)
+            assert loss.isnan()
+            assert grad.isnan().nonzero().tolist() == [[1, 3]]
         assert rlkern.value_loss(*shown, torch.ones(6, 83)).metrics.field("nonfinite").item() == 1
 
 

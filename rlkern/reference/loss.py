@@ -33,9 +33,9 @@ def policy_terms(log_ratio: Tensor, advantages: Tensor, clip: list[float]) -> Te
 
 
 def value_terms(vpreds: Tensor, returns: Tensor, values: Tensor | None, clip: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, d loss / d vpreds, clipped); clip = infinity: half the squared error."""
+    """(loss, d loss / d vpreds, clipped); without values half the squared error."""
     error = vpreds - returns
-    if values is None or clip == math.inf:
+    if values is None:
         return 0.5 * error.square(), error, torch.zeros_like(error, dtype=torch.bool)
     inside = torch.maximum(torch.minimum(vpreds, values + clip), values - clip)
     plain, clipped_term = error.square(), (inside - returns).square()
