@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rlkern.kernels import launch, moments_math
-from rlkern.kernels.launch import PARTS, ROW, TOKENS, Plan, Variant, variants
+from rlkern.kernels.launch import ROW, TOKENS, Plan, Variant, variants
 
 VARIANTS: list[Variant] = []  # what tools/sass_check.py compiles
 COLUMNS = 5  # of a part
@@ -94,7 +94,9 @@ def masked_reduce_merge_kernel(parts, n: tl.int32, result, moments, KIND: tl.con
 # Every thread reads its parts number by number.
 _PLAN = Plan(loads=(), stores=(), row_loads=("parts",) * 4 * COLUMNS, row_stores=("result", "moments"), registers=(80, 80))
 _VAR = {"KIND": "var", "UNBIASED": True}
-VARIANTS += variants(masked_reduce_merge_kernel, PARTS, _PLAN, {"KIND": "sum", "UNBIASED": False}, _VAR, parts="fp64", moments="fp64")
+VARIANTS += variants(
+    masked_reduce_merge_kernel, launch.PARTS, _PLAN, {"KIND": "sum", "UNBIASED": False}, _VAR, parts="fp64", moments="fp64"
+)
 
 
 # ---- row by row -----------------------------------------------------------------------------------------------------
@@ -204,7 +206,7 @@ def signed(mask: Tensor | None) -> bool:
 
 def moments_parts(values: Tensor, mask: Tensor | None) -> tuple[Tensor, int]:
     """What `merged` wants: statistics of all values, in how many parts."""
-    parts = torch.empty(PARTS.size * COLUMNS, dtype=torch.float64, device=values.device)
+    parts = torch.empty(launch.PARTS.size * COLUMNS, dtype=torch.float64, device=values.device)
     tensors = (values, mask)
     return parts, launch.over_spans(masked_moments_parts_kernel, launch.rows(tensors, flat=True), tensors, parts, SIGNED=signed(mask))
 
@@ -233,11 +235,11 @@ def _reduce_fwd(
     if kept is None:
         kept = torch.empty(3, dtype=torch.float64, device=values.device)
     if kind in ("sum", "mean"):
-        parts = torch.empty(PARTS.size * COLUMNS, dtype=torch.float64, device=values.device)
+        parts = torch.empty(launch.PARTS.size * COLUMNS, dtype=torch.float64, device=values.device)
         n = launch.over_spans(masked_sum_parts_kernel, launch.rows(tensors, flat=True), tensors, parts)
     else:
         parts, n = moments_parts(values, mask)
-    launch.once(masked_reduce_merge_kernel, 1, PARTS, parts, n, result, kept, **choice)
+    launch.once(masked_reduce_merge_kernel, 1, launch.PARTS, parts, n, result, kept, **choice)
     return kept[0]
 
 

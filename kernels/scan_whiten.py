@@ -17,7 +17,8 @@ MERGE = Block(256, 8)  # one program: a triple a thread, so that each loop needs
 @triton.jit
 def of_block(x, valid):
     """Moments of a block's valid values, in float64, from sums of differences to the block's own mean."""
-    n = tl.sum(valid.to(x.dtype), 0)
+    one = tl.full((), 1, x.dtype)
+    n = tl.sum(tl.where(valid, one, one - one), 0)
     there = tl.where(n == 0.0, 1.0, n)
     pivot = tl.sum(tl.where(valid, x, 0.0), 0) / there
     d = tl.where(valid, x - pivot, 0.0)

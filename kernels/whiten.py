@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rlkern.kernels import launch, moments, moments_math
-from rlkern.kernels.launch import NARROW, PARTS, ROW, TOKENS, Plan, Variant, variants
+from rlkern.kernels.launch import NARROW, ROW, TOKENS, Plan, Variant, variants
 
 VARIANTS: list[Variant] = []  # what tools/sass_check.py compiles
 _OPTIONS = {"UNBIASED": True, "FLOOR": False, "SHIFT_MEAN": True, "SCALE": True}
@@ -37,7 +37,7 @@ def whiten_scale_kernel(
 _PLAN = Plan(loads=(), stores=(), row_loads=("parts",) * 4 * moments.COLUMNS, row_stores=("moments", "scale"), registers=(80, 80))
 _WIDE = {"parts": "fp64", "moments": "fp64", "scale": "fp64"}
 _SCALE = {"UNBIASED": True, "FLOOR": False, "SCALE": True}
-VARIANTS += variants(whiten_scale_kernel, PARTS, _PLAN, _SCALE, **_WIDE)
+VARIANTS += variants(whiten_scale_kernel, launch.PARTS, _PLAN, _SCALE, **_WIDE)
 
 
 @launch.kernel
@@ -168,7 +168,7 @@ def masked_whiten_fwd(
         kept = torch.empty(3, dtype=torch.float64, device=values.device)
     scale = torch.empty(2, dtype=torch.float64, device=values.device)
     parts, n = moments.moments_parts(values, mask)
-    launch.once(whiten_scale_kernel, 1, PARTS, parts, n, kept, scale, eps, **choice(flags, "UNBIASED", "FLOOR", "SCALE"))
+    launch.once(whiten_scale_kernel, 1, launch.PARTS, parts, n, kept, scale, eps, **choice(flags, "UNBIASED", "FLOOR", "SCALE"))
     apply_over_tokens(values, mask, scale, flags, out)
     return kept[0]
 
@@ -205,7 +205,7 @@ def whiten_apply_fwd(
     """The count that is judged, where there is one for all."""
     if not by_row:
         scale = torch.empty(2, dtype=torch.float64, device=values.device)
-        launch.once(whiten_scale_kernel, 1, PARTS, None, 0, given, scale, eps, **choice(flags, "UNBIASED", "FLOOR", "SCALE"))
+        launch.once(whiten_scale_kernel, 1, launch.PARTS, None, 0, given, scale, eps, **choice(flags, "UNBIASED", "FLOOR", "SCALE"))
         apply_over_tokens(values, mask, scale, flags, out)
         return given[0]
     if out is not None:

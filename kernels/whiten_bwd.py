@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rlkern.kernels import launch, moments_math
-from rlkern.kernels.launch import PARTS, ROW, TOKENS, Plan, Variant, variants
+from rlkern.kernels.launch import ROW, TOKENS, Plan, Variant, variants
 from rlkern.kernels.whiten import choice
 
 VARIANTS: list[Variant] = []  # what tools/sass_check.py compiles
@@ -71,7 +71,7 @@ def whiten_factors_kernel(
 
 # Every thread reads its parts number by number.
 _PLAN = Plan(loads=(), stores=(), row_loads=(*["parts"] * 8, *["moments"] * 3), row_stores=("factors",), registers=(64, 64))
-VARIANTS += variants(whiten_factors_kernel, PARTS, _PLAN, {**_OPTIONS, "GIVEN": False}, factors="fp64", **_WIDE)
+VARIANTS += variants(whiten_factors_kernel, launch.PARTS, _PLAN, {**_OPTIONS, "GIVEN": False}, factors="fp64", **_WIDE)
 
 
 @launch.kernel
@@ -170,11 +170,11 @@ def over_everything(
     parts, n = None, 0
     valid = mask if flags[4] else None
     if not given or d_moments is not None:
-        parts, tensors = torch.empty(PARTS.size * 2, dtype=torch.float64, device=values.device), (grad, values, valid)
+        parts, tensors = torch.empty(launch.PARTS.size * 2, dtype=torch.float64, device=values.device), (grad, values, valid)
         n = launch.over_spans(whiten_sums_kernel, launch.rows(tensors, flat=True), tensors, moments, parts)
     factors = torch.empty(4, dtype=torch.float64, device=values.device)
     options = choice(flags, "UNBIASED", "FLOOR", "SHIFT_MEAN", "SCALE")
-    launch.once(whiten_factors_kernel, 1, PARTS, parts, n, moments, factors, d_moments, eps, GIVEN=given, **options)
+    launch.once(whiten_factors_kernel, 1, launch.PARTS, parts, n, moments, factors, d_moments, eps, GIVEN=given, **options)
     if d_values is not None:
         tokens = (grad, None, valid, d_values) if given else (grad, values, mask, d_values)
         A = launch.arithmetic(grad, values)

@@ -66,6 +66,44 @@ def _hasten_interpreter() -> None:
         setattr(torch.autograd, name, functools.partial(getattr(torch.autograd, name), fast_mode=True))
     _hasten_scans()
     _fuse()
+    _watch()
+
+
+def _watch() -> None:
+    """Every access of a launch lies within one of its tensors, or the launch fails."""
+    import numpy
+    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
+    starts, ends = numpy.zeros(0, numpy.uint64), numpy.zeros(0, numpy.uint64)
+
+    def bounds(x: torch.Tensor) -> tuple[int, int]:
+        last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else -1
+        return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
+
+    def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal starts, ends
+        found = sorted(bounds(x) for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
+        starts, ends = (numpy.array([x[i] for x in found], numpy.uint64) for i in (0, 1))
+        ends = numpy.maximum.accumulate(ends)
+        return run(self, *args, **kwargs)
+
+    def check(ptrs: Any, mask: Any) -> None:
+        address = numpy.broadcast_to(ptrs.data, numpy.shape(mask.data))[mask.data.astype(bool)]
+        i = numpy.searchsorted(starts, address, "right")
+        inside = (i > 0) & (address + numpy.uint64(ptrs.get_element_ty().primitive_bitwidth + 7 >> 3) <= ends[i - 1])
+        if not inside.all():
+            raise IndexError(f"{(~inside).sum()} of {inside.size} addresses are outside the launch's tensors")
+
+    def watched(access: Callable[..., Any], place: int) -> Callable[..., Any]:
+        def wrapper(self: Any, *args: Any) -> Any:
+            check(args[0], args[place])
+            return access(self, *args)
+
+        return wrapper
+
+    run, GridExecutor.__call__ = GridExecutor.__call__, launch
+    InterpreterBuilder.create_masked_load = watched(InterpreterBuilder.create_masked_load, 1)
+    InterpreterBuilder.create_masked_store = watched(InterpreterBuilder.create_masked_store, 2)
 
 
 def _fuse() -> None:
