@@ -80,7 +80,8 @@ VARIANTS += variants(group_advantage_fwd_kernel, NARROW, _PLAN, {}, mask="i64", 
 # ---- launchers ------------------------------------------------------------------------------------------------------
 def chunks_of(rows: int, tokens: int) -> int:
     """The chunks of a row; of packed rows only the longest possible is known."""
-    return max(1, min(triton.cdiv(tokens, NARROW.size), _PROGRAMS // max(rows, 1), GROUP.size))
+    found: int = max(1, min(triton.cdiv(tokens, NARROW.size), _PROGRAMS // max(rows, 1), GROUP.size))
+    return found
 
 
 def over_chunks(kernel: Any, tensors: Sequence[Tensor | None], cu_seqlens: Tensor | None, chunks: int, table: Tensor) -> None:

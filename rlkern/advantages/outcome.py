@@ -46,6 +46,7 @@ def outcome(
     scale: bool = False,
     eps: float = 0.0,
     whiten: list[bool] | None = None,
+    singleton: str = "raw",
 ) -> Advantages:
     op = f"advantages.{name}"
     cu = batch(op, token_level_rewards, cu_seqlens, response_mask=response_mask)
@@ -55,7 +56,7 @@ def outcome(
     rewards, mask = plain(token_level_rewards), plain(response_mask)
     rows = token_level_rewards.shape[0] if cu is None else cu.shape[0] - 1
     backend = pick("_group_advantage_fwd", rewards)
-    rest = (cu, baseline, scale, eps, "raw", whiten, WHITEN_EPS)
+    rest = (cu, baseline, scale, eps, singleton, whiten, WHITEN_EPS)
     if backend == CPP and not isinstance(index, GroupIndex) and library.unheard((rewards, mask, cu)):
         labels = readable(index)  # the kernel takes them as they are: no tensor is made of them
         if len(labels) != rows:
