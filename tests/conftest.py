@@ -22,6 +22,7 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("rlkern")
+collect_ignore = ["frameworks"]  # `make test-frameworks`: with the frameworks, in an environment of their own
 torch.set_num_threads(1)  # small tensors all over: a second thread costs more than it gives; test_native asks for more
 
 

@@ -3,7 +3,7 @@
 
 Each family's VARIANTS are compiled for the targets below, in parallel. Against the plan beside the kernel stand: no
 spills, no local memory, registers within the budget, the accesses to global memory (their widths and how many) as planned.
-Triton 3.4 has no linker for gfx942; 3.5 and later have.
+The plans hold for Triton 3.6; other versions' compilers take other registers, and 3.4 has no linker for gfx942.
 """
 
 import argparse

@@ -239,7 +239,7 @@ def leaves(x: Any, where: str = "result") -> Iterator[tuple[str, Tensor]]:
     if isinstance(x, Tensor):
         yield where, x
     elif isinstance(x, (int, float)):
-        yield where, torch.tensor(float(x), dtype=torch.float64)
+        yield where, torch.tensor(float(x))  # a metric: float32 before it was a number
     elif isinstance(x, dict):
         for k, y in x.items():
             yield from leaves(y, f"{where}[{k!r}]")
