@@ -61,6 +61,15 @@ def compute_approx_kl_before_0_11_2(log_probs: Tensor, log_probs_base: Tensor, k
     return _mean_kl(log_probs, log_probs_base, kl_estimator)
 
 
+def _exact_kl(
+    log_probs: Tensor, log_probs_base: Tensor, log_probs_old: Any = None, kl_estimator: str = "k1", *unused: Any, **more: Any
+) -> Tensor:
+    kind = log_probs_old if isinstance(log_probs_old, str) else kl_estimator
+    _mean_kl(log_probs, log_probs_base, kind)  # refuses what is not compared
+    d = (log_probs_base - log_probs).clamp(max=10)
+    return (torch.expm1(d) - d).clamp(max=10)
+
+
 def aggregate_loss(
     loss: Tensor, loss_mask: Tensor, token_level_loss: bool = True, dp_size: Any = 1, batch_num_tokens: Any = None,
     global_batch_size: Any = None,
@@ -209,7 +218,7 @@ def sites() -> Iterable[Site]:
     yield Site(_UTILS, "masked_mean", [masked_mean], lambda _: means, "_masked_sum_fwd", ("tensor",))
     kls: list[Callable[..., Any]] = [compute_approx_kl, compute_approx_kl_before_0_11_2]
     far: list[Call] = [((9 * x, y, None, "k3"), {}), ((9 * x, y), {"kl_estimator": "k3"})]
-    yield Site(_UTILS, "compute_approx_kl", kls, lambda _: far, "_kl_penalty_fwd", ("log_probs",))
+    yield Site(_UTILS, "compute_approx_kl", kls, lambda _: far, "_kl_penalty_fwd", ("log_probs",), _exact_kl)
     ways: list[Call] = [
         ((x, mask, level), more) for level in (True, False) for more in ({}, {"batch_num_tokens": 9, "global_batch_size": 3})
     ]

@@ -151,7 +151,7 @@ def test_verl_unpatch_leaves_nothing():
         integrations.patch("verl")  # again: nothing is wrapped twice
         assert not hasattr(core_algos.agg_loss.__rlkern__.original, "__rlkern__")
     assert everything() == before
-    assert core_algos.ADV_ESTIMATOR_REGISTRY == registry
+    assert registry == core_algos.ADV_ESTIMATOR_REGISTRY
 
 
 def test_verl_shadow_uses_verls_results():
