@@ -8,13 +8,14 @@ SOURCES := setup.py CMakeLists.txt README.md LICENSE $(shell find csrc rlkern ke
 CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PYTEST_ARGS ?=
 ASAN := build/asan
+FRAMEWORKS := .frameworks
 GPU := build/gpu
 GPU_RESULTS ?= build/gpu
 GPU_COMMIT ?= $(shell git rev-parse HEAD 2>/dev/null)
 export PATH := $(BIN):$(PATH)
 unexport PYTHONPATH
 
-.PHONY: help run test bench lint asan pure sass cuda-build gpu
+.PHONY: help run test test-frameworks bench lint asan pure sass cuda-build gpu
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -27,6 +28,10 @@ run: $(VENV)/.installed ## set up, check every op on a real rollout batch, then 
 test: $(VENV)/.installed ## set up and run the tests, those of the Triton kernels interpreted (PYTEST_ARGS="-k gae" for some)
 	$(BIN)/pytest -n auto $(PYTEST_ARGS)
 	$(BIN)/pytest -n auto --backend triton $(PYTEST_ARGS) || [ $$? = 5 ]  # 5: PYTEST_ARGS chose none
+
+test-frameworks: $(FRAMEWORKS)/.installed ## verl, OpenRLHF and TRL in an environment of their own, with rlkern inside them (2 GB)
+	cd $(FRAMEWORKS) && venv/bin/pytest -c ../pyproject.toml --rootdir .. --confcutdir ../tests/frameworks -p no:cacheprovider \
+	../tests/frameworks $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed ## absolute times per op, kept in .benchmarks (for claims use: rlkern bench)
 	$(BIN)/pytest --pyargs rlkern.bench -o python_files='bench_*.py' --benchmark-autosave $(PYTEST_ARGS)
@@ -75,4 +80,17 @@ $(VENV)/.tools: pyproject.toml constraints.txt
 $(VENV)/.installed: $(VENV)/.tools $(SOURCES)
 	rm -rf build/lib*
 	$(BIN)/pip install -q --no-build-isolation --no-deps --force-reinstall .
+	touch $@
+
+# verl, OpenRLHF and DeepSpeed without their dependencies, which ask for CUDA builds of torch; two older verl beside.
+$(FRAMEWORKS)/.tools: tests/frameworks/requirements.txt constraints.txt
+	$(PYTHON) -m venv $(FRAMEWORKS)/venv
+	$(FRAMEWORKS)/venv/bin/pip install -q -c constraints.txt -r tests/frameworks/requirements.txt
+	DS_BUILD_OPS=0 $(FRAMEWORKS)/venv/bin/pip install -q --no-deps --no-build-isolation verl==0.9.1 openrlhf==0.11.2 deepspeed==0.19.6
+	for v in 0.8.0 0.7.1; do $(FRAMEWORKS)/venv/bin/pip install -q --no-deps --upgrade --target $(FRAMEWORKS)/verl-$$v verl==$$v; done
+	touch $@
+
+$(FRAMEWORKS)/.installed: $(FRAMEWORKS)/.tools $(SOURCES)
+	rm -rf build/lib*
+	RLKERN_NATIVE=1 $(FRAMEWORKS)/venv/bin/pip install -q --no-build-isolation --no-deps --force-reinstall .
 	touch $@

@@ -215,16 +215,24 @@ def sites() -> Iterable[Site]:
     """Every function that has a counterpart."""
     x, y, _, mask = _batch()
     means: list[Call] = [((x, mask), {}), ((x, mask, -1), {}), ((x, mask), {"dim": 0})]
-    yield Site(_UTILS, "masked_mean", [masked_mean], lambda _: means, "_masked_sum_fwd", ("tensor",))
+    yield Site(_UTILS, "masked_mean", [masked_mean], lambda _: means, "_masked_sum_fwd", ("tensor",), terms=("tensor", 1.0))
     kls: list[Callable[..., Any]] = [compute_approx_kl, compute_approx_kl_before_0_11_2]
     far: list[Call] = [((9 * x, y, None, "k3"), {}), ((9 * x, y), {"kl_estimator": "k3"})]
     yield Site(_UTILS, "compute_approx_kl", kls, lambda _: far, "_kl_penalty_fwd", ("log_probs",), _exact_kl)
     ways: list[Call] = [
         ((x, mask, level), more) for level in (True, False) for more in ({}, {"batch_num_tokens": 9, "global_batch_size": 3})
     ]
-    yield Site(_LOSS, "aggregate_loss", [aggregate_loss], lambda _: ways, "_masked_sum_fwd", ("loss",))
+    yield Site(_LOSS, "aggregate_loss", [aggregate_loss], lambda _: ways, "_masked_sum_fwd", ("loss",), terms=("loss", 1.0))
     of_policy = _of_class("PolicyLoss", {}, {"dual_clip": 3.0, "token_level_loss": False, "clip_eps_high": 0.3})
-    yield Site(_LOSS, "PolicyLoss.forward", [_policy_loss(5), _policy_loss(4)], of_policy, "_policy_loss_fwd", ("log_probs",))
+    yield Site(
+        _LOSS,
+        "PolicyLoss.forward",
+        [_policy_loss(5), _policy_loss(4)],
+        of_policy,
+        "_policy_loss_fwd",
+        ("log_probs",),
+        terms=("advantages", -1.0),
+    )
     of_value = _of_class("ValueLoss", {"clip_eps": 0.5}, {"clip_eps": None, "token_level_loss": False})
     yield Site(_LOSS, "ValueLoss.forward", [value_loss], of_value, "_value_loss_fwd", ("values",))
     scan: list[Call] = [((None, x, y, mask, 0.9, 0.8), {})]

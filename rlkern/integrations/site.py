@@ -82,7 +82,8 @@ class Worst:
 class Site:
     """`target`: module and name, "Class.method" for a method. `choices`: callables with the original's signature. `probes`: the
     calls that decide among them, made only when asked. `op`: the raw op whose backend decides on an accelerator. `grads`: the
-    arguments that carry gradients. `exact`: the formula in float64, where the original itself rounds to float32."""
+    arguments that carry gradients. `exact`: the formula in float64, where the original itself rounds to float32. `terms`: the
+    argument whose size, under this sign, makes the terms of a sum positive: what they add up to is the scale of its error."""
 
     module: str
     name: str
@@ -91,6 +92,7 @@ class Site:
     op: str
     grads: tuple[str, ...] = ()
     exact: Callable[..., Any] | None = None
+    terms: tuple[str, float] | None = None
     original: Any = None
     probed: Any = None
     replacement: Any = None
@@ -195,15 +197,22 @@ class Site:
         wide_args, wide_kwargs = double((args, kwargs))
         ours = _run(self.chosen, args, kwargs, names, self.grads)
         theirs = _run(self.original, args, kwargs, names, self.grads)
-        self.compare(ours, theirs, _run(self.exact or self.original, wide_args, wide_kwargs, names, self.grads))
+        wide = dict(zip(names, wide_args, strict=False)) | wide_kwargs
+        true = self.exact or self.original
+        exact, sizes = _run(true, (), wide, names, self.grads), {}
+        if self.terms is not None:
+            name, sign = self.terms
+            sizes = _run(true, (), wide | {name: sign * wide[name].abs()}, names, self.grads)
+        self.compare(ours, theirs, exact, sizes)
 
-    def compare(self, ours: dict[str, Tensor], theirs: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+    def compare(self, ours: dict[str, Tensor], theirs: dict[str, Tensor], exact: dict[str, Tensor], sizes: dict[str, Tensor]) -> None:
         """Errors against the original in float64, by the budget of every test."""
         worst = self.worst
         worst.calls += 1
         for where, true in exact.items():
             dtype = theirs[where].dtype
-            room = budget(theirs[where], true, dtype if dtype.is_floating_point else torch.float32, _largest(true))
+            scale = max(_largest(true), _largest(sizes.get(where, true)))
+            room = budget(theirs[where], true, dtype if dtype.is_floating_point else torch.float32, scale)
             off = error(ours[where], true)
             share = 0.0 if off == 0 else off / room if room else float("inf")
             worst.see(share, off, where)

@@ -171,8 +171,10 @@ class _LossSite(Site):
         assert self.chosen is not None
         theirs = _loss_and_grad(self.original, trainer, model, inputs, logps)
         ours = _loss_and_grad(self.chosen, trainer, model, inputs, logps)
-        exact = _loss_and_grad(self.original, trainer, model, double(inputs), double(logps))
-        self.compare(ours, theirs, exact)
+        inputs, logps = double(inputs), double(logps)
+        exact = _loss_and_grad(self.original, trainer, model, inputs, logps)
+        sizes = _loss_and_grad(self.original, trainer, model, inputs | {"advantages": -inputs["advantages"].abs()}, logps)
+        self.compare(ours, theirs, exact, sizes)
 
 
 def _loss_and_grad(function: Any, trainer: Any, model: Any, inputs: dict[str, Any], logps: tuple[Any, ...]) -> dict[str, Tensor]:

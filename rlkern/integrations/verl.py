@@ -273,9 +273,9 @@ def sites() -> Iterable[Site]:
     whole: tuple[dict[str, Any], ...] = ({}, {"unbiased": False})
     shifted: tuple[dict[str, Any], ...] = ({}, {"shift_mean": False})
     x, y, z, mask = _batch()
-    yield Site(_MATH, "masked_sum", [masked_sum], _of_values(*axes), "_masked_sum_fwd", ("values",))
-    yield Site(_MATH, "masked_mean", [masked_mean], _of_values(*axes), "_masked_mean_fwd", ("values",))
-    yield Site(_MATH, "masked_var", [masked_var], _of_values(*whole), "_masked_var_fwd", ("values",))
+    yield Site(_MATH, "masked_sum", [masked_sum], _of_values(*axes), "_masked_sum_fwd", ("values",), terms=("values", 1.0))
+    yield Site(_MATH, "masked_mean", [masked_mean], _of_values(*axes), "_masked_mean_fwd", ("values",), terms=("values", 1.0))
+    yield Site(_MATH, "masked_var", [masked_var], _of_values(*whole), "_masked_var_fwd", ("values",), terms=("values", 1.0))
     yield Site(_MATH, "masked_whiten", [masked_whiten], _of_values(*shifted), "_masked_whiten_fwd", ("values",))
     ids = torch.tensor([0, 3, 0, 0, 3, 4])
     close = torch.tensor([1e4, 1.0, 1e4 + 1, 1e4 + 3, 1.0, 7.0])
@@ -295,9 +295,11 @@ def sites() -> Iterable[Site]:
     yield Site(_CORE, "kl_penalty", [kl_penalty, kl_penalty_forward], lambda _: suffix, "_kl_penalty_fwd", pair)
     modes = ("seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm", "token-mean")
     agg: list[Call] = [((x, mask, mode), {}) for mode in modes]
-    yield Site(_CORE, "agg_loss", [_agg_loss(True), _agg_loss(False)], lambda _: agg, "_masked_sum_fwd", ("loss_mat",))
+    yield Site(
+        _CORE, "agg_loss", [_agg_loss(True), _agg_loss(False)], lambda _: agg, "_masked_sum_fwd", ("loss_mat",), terms=("loss_mat", 1.0)
+    )
     both = [_vanilla(True), _vanilla(False)]
-    yield Site(_CORE, "compute_policy_loss_vanilla", both, _of_loss, "_policy_loss_fwd", ("log_prob",))
+    yield Site(_CORE, "compute_policy_loss_vanilla", both, _of_loss, "_policy_loss_fwd", ("log_prob",), terms=("advantages", -1.0))
     value: list[Call] = [((x, y, z, mask, 0.5, mode), {}) for mode in modes]
     yield Site(_CORE, "compute_value_loss", [_value_loss(True), _value_loss(False)], lambda _: value, "_value_loss_fwd", ("vpreds",))
 

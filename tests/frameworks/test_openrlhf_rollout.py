@@ -152,19 +152,22 @@ def test_openrlhf_shadow(openrlhf):
 
 def test_openrlhf_read_only_experiences(openrlhf):
     """What Ray hands out may lie in memory that nobody may write."""
-    import numpy as np
 
     def frozen(x):
         array = x.numpy().copy()
         array.flags.writeable = False
-        return torch.from_numpy(np.asarray(array))
+        return torch.from_numpy(array)
 
-    with pytest.warns(UserWarning, match="not writable"), integrations.patched("openrlhf"):
-        found = experiences(openrlhf, True, torch.float32)
+    def freeze(found):
         for e in found:
             e.values, e.kl, e.action_mask = frozen(e.values), frozen(e.kl), frozen(e.action_mask)
+
+    found = experiences(openrlhf, True, torch.float32)
+    with pytest.warns(UserWarning, match="not writable"):
+        freeze(found)
+    with integrations.patched("openrlhf"):
         maker(openrlhf, "gae").compute_advantages_and_returns(found)
-        assert all(e.advantages.isfinite().all() for e in found)
+    assert all(e.advantages.isfinite().all() for e in found)
 
 
 def test_openrlhf_recording(openrlhf, tmp_path):
