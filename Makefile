@@ -15,7 +15,7 @@ GPU_COMMIT ?= $(shell git rev-parse HEAD 2>/dev/null)
 export PATH := $(BIN):$(PATH)
 unexport PYTHONPATH
 
-.PHONY: help run test test-frameworks bench lint asan pure sass cuda-build gpu
+.PHONY: help run test test-frameworks bench-frameworks bench lint asan pure sass cuda-build gpu
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -32,6 +32,10 @@ test: $(VENV)/.installed ## set up and run the tests, those of the Triton kernel
 test-frameworks: $(FRAMEWORKS)/.installed ## verl, OpenRLHF and TRL in an environment of their own, with rlkern inside them (2 GB)
 	cd $(FRAMEWORKS) && venv/bin/pytest -c ../pyproject.toml --rootdir .. --confcutdir ../tests/frameworks -p no:cacheprovider \
 	../tests/frameworks $(PYTEST_ARGS)
+
+bench-frameworks: $(FRAMEWORKS)/.installed ## verl patched against unpatched, one thread; the table in build/frameworks.json
+	mkdir -p build
+	cd $(FRAMEWORKS) && OMP_NUM_THREADS=1 venv/bin/python ../tests/frameworks/speed.py ../build/frameworks.json
 
 bench: $(VENV)/.installed ## absolute times per op, kept in .benchmarks (for claims use: rlkern bench)
 	$(BIN)/pytest --pyargs rlkern.bench -o python_files='bench_*.py' --benchmark-autosave $(PYTEST_ARGS)

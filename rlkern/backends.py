@@ -87,6 +87,8 @@ def _triton_reasons(op: str, device: str) -> list[str]:
         reasons.append(f"torch is {torch.__version__}; the kernels need Triton 3.4 or newer, which torch brings from 2.8 on")
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         reasons.append("tensors are on the CPU; Triton runs there only under TRITON_INTERPRET=1")
+    if device not in ("cpu", "cuda"):  # ROCm's is "cuda" too
+        reasons.append(f"tensors are on {device}; the Triton kernels run on CUDA and ROCm")
     if not reasons:
         from rlkern import kernels
 

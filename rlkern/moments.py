@@ -140,13 +140,15 @@ def _reduce(
         if axis is not None and (type(axis) is not int or axis != -1):
             raise check.fail(op, "axis", "be None or -1 with cu_seqlens", repr(axis), "Each packed row is reduced.")
         axis = None
-    axes = () if axis is None else _axes(op, axis, values.dim())
-    kept = [d for d in range(values.dim()) if d not in axes] if axes else []
-    shape = [values.shape[d] for d in kept]
-    if kept:
-        values, mask = _last(values, kept, axes), None if mask is None else _last(mask, kept, axes)
-    else:
-        values, mask = as_rows(values), None if mask is None else as_rows(mask)
+    kept, shape = [0], []
+    if type(axis) is not int or values.dim() != 2 or axis not in (-1, 1):  # else they are the rows that a kernel takes
+        axes = () if axis is None else _axes(op, axis, values.dim())
+        kept = [d for d in range(values.dim()) if d not in axes] if axes else []
+        shape = [values.shape[d] for d in kept]
+        if kept:
+            values, mask = _last(values, kept, axes), None if mask is None else _last(mask, kept, axes)
+        else:
+            values, mask = as_rows(values), None if mask is None else as_rows(mask)
     backend, by_row = pick(f"_{op}_fwd", values), cu is not None or bool(kept)
     result: Tensor
     if check.wants_grad(values):

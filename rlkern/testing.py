@@ -62,6 +62,21 @@ def budget(framework: Tensor | float, exact: Tensor | float, dtype: torch.dtype,
     return 2.0 * own + 4.0 * torch.finfo(dtype).eps * (float(largest.max()) if largest.numel() else 0.0)
 
 
+def whitened_scale(x: Tensor, terms: Tensor, mask: Tensor) -> Tensor:
+    """Whitening x, whose elements are sums of `terms`: each feels its own error and the mean's, times 1 / std, and that of
+    1 / std itself, whose share is the mean of |x - mean| times the terms, over the variance."""
+    weights = (mask != 0).to(x.dtype)
+
+    def mean_of(y: Tensor) -> Tensor:
+        return torch.where(mask != 0, y, 0.0).sum() / weights.sum().clamp(min=1)
+
+    mean, centre = mean_of(terms), mean_of(x)
+    var = mean_of((x - centre).square()) * weights.sum() / (weights.sum() - 1).clamp(min=1)
+    rstd, gap = torch.rsqrt(var + 1e-8), (x - centre).abs()
+    share = mean_of(gap * (terms + mean)) / var.clamp(min=1e-8)
+    return (2 * (terms + mean) + gap * share) * rstd
+
+
 def assert_within(kernel: Tensor | float, framework: Tensor | float, exact: Tensor | float, scale: Tensor | float, what: str = "") -> None:
     """Raise unless the kernel's error is within the budget of its own dtype."""
     dtype = kernel.dtype if isinstance(kernel, Tensor) and kernel.is_floating_point() else torch.float64

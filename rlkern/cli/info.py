@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import os
+from typing import Annotated
 
 import torch
+import typer
 from rich.markup import escape
 from rich.table import Table
 
 from rlkern import backends, library
 from rlkern.bench import machine
+from rlkern.cli.frameworks import show
 from rlkern.cli.shell import console
 
 
@@ -18,7 +21,7 @@ def _families() -> dict[str, list[str]]:
     """Raw ops by the public module that defines them."""
     found: dict[str, list[str]] = {}
     for op in library.OPS.values():
-        found.setdefault(op.reference.__module__.rpartition(".")[2], []).append(op.name)
+        found.setdefault(getattr(op.reference, "func", op.reference).__module__.rpartition(".")[2], []).append(op.name)
     return found
 
 
@@ -34,7 +37,9 @@ def _state(backend: str, ops: list[str], device: str) -> str:
     return escape("off: " + "; ".join(first))
 
 
-def command() -> None:
+def command(
+    frameworks: Annotated[bool, typer.Option("--frameworks", help="Also what the drop-ins replace in verl, OpenRLHF and TRL.")] = False,
+) -> None:
     """Show versions, the instruction set, threads, and each backend with why it is on or off."""
     out = console()
     facts = Table.grid(padding=(0, 2))
@@ -56,3 +61,5 @@ def command() -> None:
         for family, ops in _families().items():
             found.add_row(family, *[_state(name, ops, device) for name in backends.NAMES])
         out.print(found)
+    if frameworks:
+        show(out)

@@ -11,17 +11,13 @@ from torch import Tensor
 
 from rlkern.cli import framework
 from rlkern.cli.fields import GAMMA, LAM, Data, valid, wanted
+from rlkern.testing import whitened_scale
 
 Scale = Any  # a number, a tensor that broadcasts over the result, or one of these per output
 
 
 def whitened(x: Tensor, terms: Tensor, d: Data) -> Tensor:
-    """Whitening x, whose elements are sums of `terms`: each feels its own error and the mean's, times 1 / std, and that of
-    1 / std itself, whose share is the mean of |x - mean| times the terms, over the variance."""
-    mean, var = framework.masked_mean(terms, d.mask), framework.masked_var(x, d.mask)
-    rstd, gap = torch.rsqrt(var + 1e-8), (x - framework.masked_mean(x, d.mask)).abs()
-    share = framework.masked_mean(gap * (terms + mean), d.mask) / var.clamp(min=1e-8)
-    return (2 * (terms + mean) + gap * share) * rstd
+    return whitened_scale(x, terms, d.mask)
 
 
 def total(d: Data) -> float:

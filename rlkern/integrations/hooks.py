@@ -10,7 +10,10 @@ from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
-import wrapt
+try:
+    import wrapt
+except ImportError as missing:
+    raise ImportError("rlkern.integrations: wrapt must be installed; got no such module. pip install 'rlkern[integrations]'.") from missing
 
 from rlkern.integrations.site import Site, logger
 

@@ -132,6 +132,11 @@ def get_advantages_and_returns(
     return found.advantages, found.returns
 
 
+def _gae_scale(self: Any, values: Tensor, rewards: Tensor, action_mask: Tensor, gamma: float, lambd: float) -> tuple[Tensor, Tensor]:
+    terms = rlkern.affine_scan(torch.full_like(values, gamma * lambd), rewards.abs() + 2 * values.abs()) + values.abs()
+    return terms, terms
+
+
 def get_cumulative_returns(self: Any, rewards: Tensor, action_mask: Tensor, gamma: float) -> Tensor:
     if action_mask is None:
         raise Uncovered("no mask")
@@ -236,7 +241,14 @@ def sites() -> Iterable[Site]:
     of_value = _of_class("ValueLoss", {"clip_eps": 0.5}, {"clip_eps": None, "token_level_loss": False})
     yield Site(_LOSS, "ValueLoss.forward", [value_loss], of_value, "_value_loss_fwd", ("values",))
     scan: list[Call] = [((None, x, y, mask, 0.9, 0.8), {})]
-    yield Site(_MAKER, "RemoteExperienceMaker.get_advantages_and_returns", [get_advantages_and_returns], lambda _: scan, "_gae_fwd")
+    yield Site(
+        _MAKER,
+        "RemoteExperienceMaker.get_advantages_and_returns",
+        [get_advantages_and_returns],
+        lambda _: scan,
+        "_gae_fwd",
+        scale=_gae_scale,
+    )
     returns: list[Call] = [((None, x, mask, 0.9), {})]
     name = "RemoteExperienceMaker.get_cumulative_returns"
     yield Site(_MAKER, name, [get_cumulative_returns], lambda _: returns, "_discounted_returns_fwd")

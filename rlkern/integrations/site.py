@@ -30,6 +30,10 @@ _CLOSE = 2e-5  # of the largest value: two float32 orders of summation agree, tw
 _SAYS = 4096  # shadow mode says where it stands after 1, 2, 4, ... calls, up to so many at a time
 
 
+def _never(*args: Any, **kwargs: Any) -> bool:
+    return False
+
+
 class Uncovered(Exception):
     """A call, by its options or its tensors, that rlkern leaves to the framework's own function."""
 
@@ -80,10 +84,13 @@ class Worst:
 
 @dataclass
 class Site:
-    """`target`: module and name, "Class.method" for a method. `choices`: callables with the original's signature. `probes`: the
-    calls that decide among them, made only when asked. `op`: the raw op whose backend decides on an accelerator. `grads`: the
-    arguments that carry gradients. `exact`: the formula in float64, where the original itself rounds to float32. `terms`: the
-    argument whose size, under this sign, makes the terms of a sum positive: what they add up to is the scale of its error."""
+    """`module` and `name`: the function, "Class.method" for a method. `choices`: callables with the original's signature.
+    `probes`: the calls that decide among them, made only when asked. `op`: the raw op whose backend decides on an accelerator.
+    `stays`: calls that are the framework's, told from the arguments at the cost of a comparison.
+
+    For shadow mode. `grads`: the arguments that carry gradients. `exact`: the formula in float64, where the original itself
+    rounds to float32. The scale of an error is what the absolute terms of a sum add up to. `terms`: the argument whose size,
+    under this sign, makes the terms positive; `scale`: or of each result, from the arguments in float64."""
 
     module: str
     name: str
@@ -93,6 +100,8 @@ class Site:
     grads: tuple[str, ...] = ()
     exact: Callable[..., Any] | None = None
     terms: tuple[str, float] | None = None
+    stays: Callable[..., bool] | None = None
+    scale: Callable[..., Sequence[Tensor]] | None = None
     original: Any = None
     probed: Any = None
     replacement: Any = None
@@ -125,11 +134,11 @@ class Site:
 
     def replace(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """A function under the original's own name, by which it is pickled."""
-        self.original = original
+        self.original, stays = original, self.stays or _never
 
         @functools.wraps(original)
         def patched(*args: Any, **kwargs: Any) -> Any:
-            return self.call(args, kwargs)
+            return original(*args, **kwargs) if stays(*args, **kwargs) else self.call(args, kwargs)
 
         patched.__rlkern__ = self  # type: ignore[attr-defined]
         self.replacement = patched
@@ -157,15 +166,15 @@ class Site:
 
     def refuse_foreign(self, values: Sequence[Any]) -> None:
         """Tensor subclasses, and accelerators on which rlkern has nothing but plain torch."""
-        first = True
+        device = None
         for x in values:
-            if not isinstance(x, Tensor):
-                continue
             if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
-                raise Uncovered(f"a tensor is a {type(x).__name__}")
-            if first and not x.is_cpu and backends.pick(self.op, x) == backends.TORCH:
-                raise Uncovered(f"rlkern has no kernel for {x.device.type} here")
-            first = False
+                if isinstance(x, Tensor):
+                    raise Uncovered(f"a tensor is a {type(x).__name__}")
+            elif device is None:
+                device = x.device.type
+                if device != "cpu" and backends.pick(self.op, x) == backends.TORCH:
+                    raise Uncovered(f"rlkern has no kernel for {device} here")
 
     def say(self, text: str, level: int = logging.WARNING) -> None:
         """Once per text."""
@@ -200,19 +209,26 @@ class Site:
         wide = dict(zip(names, wide_args, strict=False)) | wide_kwargs
         true = self.exact or self.original
         exact, sizes = _run(true, (), wide, names, self.grads), {}
+        if self.scale is not None:
+            sizes = dict(leaves(tuple(self.scale(**wide))))
         if self.terms is not None:
             name, sign = self.terms
             sizes = _run(true, (), wide | {name: sign * wide[name].abs()}, names, self.grads)
-        self.compare(ours, theirs, exact, sizes)
+        self.compare(ours, theirs, exact, sizes, args, kwargs)
 
-    def compare(self, ours: dict[str, Tensor], theirs: dict[str, Tensor], exact: dict[str, Tensor], sizes: dict[str, Tensor]) -> None:
-        """Errors against the original in float64, by the budget of every test."""
+    def compare(
+        self, ours: dict[str, Tensor], theirs: dict[str, Tensor], exact: dict[str, Tensor], sizes: dict[str, Tensor], *given: Any
+    ) -> None:
+        """Errors against the original in float64, by the budget of every test, in the coarsest dtype that is `given`."""
+        seen: list[torch.dtype] = []
+        _map(given, lambda x: seen.append(x.dtype) or x)  # type: ignore[func-returns-value]
+        coarsest = max(seen, key=_eps, default=torch.float32)
         worst = self.worst
         worst.calls += 1
         for where, true in exact.items():
-            dtype = theirs[where].dtype
             scale = max(_largest(true), _largest(sizes.get(where, true)))
-            room = budget(theirs[where], true, dtype if dtype.is_floating_point else torch.float32, scale)
+            dtype = max(coarsest, theirs[where].dtype, key=_eps)
+            room = budget(theirs[where], true, dtype, scale)
             off = error(ours[where], true)
             share = 0.0 if off == 0 else off / room if room else float("inf")
             worst.see(share, off, where)
@@ -259,6 +275,10 @@ def leaves(x: Any, where: str = "result") -> Iterator[tuple[str, Tensor]]:
     elif dataclasses.is_dataclass(x) and not isinstance(x, type):
         for k, y in vars(x).items():
             yield from leaves(y, f"{where}.{k}")
+
+
+def _eps(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
 
 
 def _largest(x: Tensor) -> float:

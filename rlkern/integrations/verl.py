@@ -9,6 +9,7 @@ Imported so, by verl itself, this module patches; imported otherwise it does not
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -21,6 +22,7 @@ from rlkern import advantages
 from rlkern.advantages.outcome import outcome
 from rlkern.integrations import hooks
 from rlkern.integrations.site import Call, Site, Uncovered, logger
+from rlkern.testing import whitened_scale
 
 _CORE, _MATH, _GROUPS = "verl.trainer.ppo.core_algos", "verl.utils.torch_functional", "verl.utils.groupwise"
 # What rlkern has no kernel for yet; where these call a patched function, they reach ours.
@@ -34,6 +36,7 @@ LEFT = {
         "compute_policy_loss_dro", "compute_policy_loss_cispo", "compute_policy_loss_reinforce", "compute_policy_loss_bypass_mode",
     )
 } | {
+    f"{_CORE}.compute_policy_loss": "deprecated, and built of what is patched",
     f"{_GROUPS}.as_torch_index": "labels, no arithmetic",
     "verl.trainer.ppo.rollout_corr_helper": "no kernel yet",
     f"{_MATH}.logprobs_from_logits, entropy_from_logits": "no kernel yet",
@@ -71,6 +74,21 @@ def group_mean_std(scores: Tensor, gidx: Tensor, eps: float = 1e-6, device: Any 
     mean[gidx], std[gidx] = found.mean[index.ids], found.std[index.ids]
     count[gidx] = index.counts.float()[index.ids]
     return mean, std, count
+
+
+def _exact_stats(scores: Tensor, gidx: Tensor, eps: float = 1e-6, device: Any = None) -> tuple[Tensor, Tensor, Tensor]:
+    """In float64, which verl's own function leaves for float32."""
+    wide, slots = scores.double(), int(gidx.max()) + 1
+    count = torch.zeros(slots, dtype=torch.float64).index_add(0, gidx, torch.ones_like(wide))
+    mean = torch.zeros_like(count).index_add(0, gidx, wide) / count.clamp(min=1)
+    squares = torch.zeros_like(count).index_add(0, gidx, (wide - mean[gidx]).square())
+    std, alone = (squares / (count - 1).clamp(min=1)).clamp(min=eps).sqrt(), count <= 1
+    return mean.masked_fill(alone, 0), std.masked_fill(alone, 1), count
+
+
+def _exact_grpo(*args: Any, **kwargs: Any) -> Any:
+    """verl's loop, which keeps float64 where its vectorized form does not."""
+    return sys.modules[_CORE].compute_grpo_outcome_advantage(*args, **kwargs)
 
 
 # ---- advantages -------------------------------------------------------------------------------------------------------
@@ -135,6 +153,19 @@ def remax(
     return tuple(advantages.remax(token_level_rewards, reward_baselines, response_mask))
 
 
+def _gae_scale(token_level_rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: Any, lam: Any) -> tuple[Tensor, Tensor]:
+    """The absolute terms of each sum; what enters at masked tokens counts too, which is more than enough."""
+    terms = rlkern.affine_scan(torch.full_like(values, gamma * lam), token_level_rewards.abs() + 2 * values.abs()) + values.abs()
+    found = rlkern.gae(token_level_rewards, values, response_mask, gamma=float(gamma), lam=float(lam)).advantages
+    return whitened_scale(found, terms, response_mask), terms
+
+
+def _returns_scale(token_level_rewards: Tensor, response_mask: Tensor, config: Any = None, **unused: Any) -> tuple[Tensor, Tensor]:
+    terms = rlkern.affine_scan(torch.full_like(token_level_rewards, config.gamma), token_level_rewards.abs())
+    found = rlkern.discounted_returns(token_level_rewards, response_mask, gamma=float(config.gamma))
+    return whitened_scale(found, terms, response_mask), terms
+
+
 def _wide(rewards: Tensor) -> None:
     if rewards.dtype not in (torch.float32, torch.float64):
         raise Uncovered("verl gives float64 for half-precision rewards")
@@ -151,6 +182,21 @@ def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: Any) -> Tensor:
     if kl_penalty not in ("low_var_kl", "k3", "low_var_kl+", "k3+", "k1+", "abs+"):
         raise Uncovered("one subtraction and at most one product: torch's own is as fast")
     return rlkern.kl_penalty(logprob, ref_logprob, kl_penalty)
+
+
+def _simple(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> bool:
+    """One subtraction and at most one product: torch's own is as fast."""
+    return kl_penalty not in ("low_var_kl", "k3", "low_var_kl+", "k3+", "k1+", "abs+")
+
+
+def _few(values: Tensor, mask: Tensor, axis: Any = None) -> bool:
+    """Some thousand numbers on a CPU: three calls of torch cost no more than one of ours."""
+    return values.is_cpu and values.numel() < 1 << 12
+
+
+def _small(loss_mat: Tensor, loss_mask: Tensor, loss_agg_mode: str, *counts: Any, **more: Any) -> bool:
+    """The token modes are verl's masked_sum, which is patched; below some 16,000 tokens torch's calls cost no more than ours."""
+    return loss_agg_mode[:3] != "seq" or loss_mat.numel() < 1 << 14
 
 
 def _counts(mode: str, by_rows: bool, counts: dict[str, Any], width: int) -> tuple[Any, dict[str, Any]]:
@@ -173,6 +219,7 @@ def _agg_loss(by_rows: bool) -> Callable[..., Tensor]:
         rows, tokens = rlkern.masked_sum(loss_mat, loss_mask, -1), (loss_mask != 0).sum(-1)
         if mode == "seq-mean-token-mean":
             rows = rows / (tokens + 1e-8)
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         sequences = known["global_batch_size"]
         if sequences is None:
             if known["dp_size"] > 1:
@@ -273,31 +320,41 @@ def sites() -> Iterable[Site]:
     whole: tuple[dict[str, Any], ...] = ({}, {"unbiased": False})
     shifted: tuple[dict[str, Any], ...] = ({}, {"shift_mean": False})
     x, y, z, mask = _batch()
-    yield Site(_MATH, "masked_sum", [masked_sum], _of_values(*axes), "_masked_sum_fwd", ("values",), terms=("values", 1.0))
+    sums = _of_values(*axes)
+    yield Site(_MATH, "masked_sum", [masked_sum], sums, "_masked_sum_fwd", ("values",), terms=("values", 1.0), stays=_few)
     yield Site(_MATH, "masked_mean", [masked_mean], _of_values(*axes), "_masked_mean_fwd", ("values",), terms=("values", 1.0))
     yield Site(_MATH, "masked_var", [masked_var], _of_values(*whole), "_masked_var_fwd", ("values",), terms=("values", 1.0))
-    yield Site(_MATH, "masked_whiten", [masked_whiten], _of_values(*shifted), "_masked_whiten_fwd", ("values",))
+    yield Site(_MATH, "masked_whiten", [masked_whiten], _of_values(*shifted), "_masked_whiten_fwd")
     ids = torch.tensor([0, 3, 0, 0, 3, 4])
     close = torch.tensor([1e4, 1.0, 1e4 + 1, 1e4 + 3, 1.0, 7.0])
-    yield Site(_GROUPS, "group_mean_std", [group_mean_std], lambda _: [((close, ids), {"device": "cpu"})], "_group_mean_std_fwd")
-    yield Site(_CORE, "compute_gae_advantage_return", [gae], lambda _: [((x, y, mask, 0.9, 0.8), {})], "_gae_fwd")
+    yield Site(
+        _GROUPS,
+        "group_mean_std",
+        [group_mean_std],
+        lambda _: [((close, ids), {"device": "cpu"})],
+        "_group_mean_std_fwd",
+        exact=_exact_stats,
+    )
+    yield Site(_CORE, "compute_gae_advantage_return", [gae], lambda _: [((x, y, mask, 0.9, 0.8), {})], "_gae_fwd", scale=_gae_scale)
     for name, ours in (
         ("grpo", grpo), ("grpo_vectorized", grpo_vectorized), ("rloo", rloo), ("rloo_vectorized", rloo_vectorized), ("opo", opo),
         ("reinforce_plus_plus_baseline", reinforce_plus_plus_baseline),
     ):  # fmt: skip
-        yield Site(_CORE, f"compute_{name}_outcome_advantage", [ours], _of_estimator, "_group_advantage_fwd")
+        exact = _exact_grpo if name == "grpo_vectorized" else None
+        yield Site(_CORE, f"compute_{name}_outcome_advantage", [ours], _of_estimator, "_group_advantage_fwd", exact=exact)
     two = [reinforce_plus_plus, reinforce_plus_plus_reset]
-    yield Site(_CORE, "compute_reinforce_plus_plus_outcome_advantage", two, _of_returns, "_discounted_returns_fwd")
+    yield Site(_CORE, "compute_reinforce_plus_plus_outcome_advantage", two, _of_returns, "_discounted_returns_fwd", scale=_returns_scale)
     yield Site(_CORE, "compute_remax_outcome_advantage", [remax], _of_returns, "_discounted_returns_fwd")
     pair = ("logprob", "ref_logprob")
-    yield Site(_CORE, "kl_penalty_forward", [kl_penalty_forward], lambda _: [((x, y, "k3"), {})], "_kl_penalty_fwd", pair)
+    yield Site(_CORE, "kl_penalty_forward", [kl_penalty_forward], lambda _: [((x, y, "k3"), {})], "_kl_penalty_fwd", pair, stays=_simple)
     suffix: list[Call] = [((x, y, "k3"), {}), ((x, y, "k3+"), {})]
-    yield Site(_CORE, "kl_penalty", [kl_penalty, kl_penalty_forward], lambda _: suffix, "_kl_penalty_fwd", pair)
+    yield Site(_CORE, "kl_penalty", [kl_penalty, kl_penalty_forward], lambda _: suffix, "_kl_penalty_fwd", pair, stays=_simple)
     modes = ("seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm", "token-mean")
     agg: list[Call] = [((x, mask, mode), {}) for mode in modes]
     yield Site(
-        _CORE, "agg_loss", [_agg_loss(True), _agg_loss(False)], lambda _: agg, "_masked_sum_fwd", ("loss_mat",), terms=("loss_mat", 1.0)
-    )
+        _CORE, "agg_loss", [_agg_loss(True), _agg_loss(False)], lambda _: agg, "_masked_sum_fwd", ("loss_mat",),
+        terms=("loss_mat", 1.0), stays=_small,
+    )  # fmt: skip
     both = [_vanilla(True), _vanilla(False)]
     yield Site(_CORE, "compute_policy_loss_vanilla", both, _of_loss, "_policy_loss_fwd", ("log_prob",), terms=("advantages", -1.0))
     value: list[Call] = [((x, y, z, mask, 0.5, mode), {}) for mode in modes]

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two thousand random calls of every patched function against the framework's own, in float64 by the one error budget; and the
+same with faults put into ours, which must show."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import rlkern
+from rlkern import advantages, integrations
+from rlkern.integrations import hooks
+from rlkern.integrations.site import Worst
+
+pytest.importorskip("verl")
+CASES = int(os.environ.get("RLKERN_TEST_CASES", "2000"))
+MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+
+
+# ---- random inputs ------------------------------------------------------------------------------------------------------
+class Draw:
+    """Everything of a case follows from its seed, which hypothesis prints."""
+
+    def __init__(self, seed):
+        self.g = torch.Generator().manual_seed(seed)
+        self.B, self.T = self.integer(1, 7), self.choice([1, 2, 3, 7, 16, 17, 33, 64])
+        self.dtype = self.choice([torch.float32] * 4 + [torch.bfloat16])
+
+    def integer(self, low, high):
+        return int(torch.randint(low, high + 1, (), generator=self.g))
+
+    def choice(self, values):
+        return values[self.integer(0, len(values) - 1)]
+
+    def number(self, low, high):
+        return low + (high - low) * float(torch.rand((), generator=self.g, dtype=torch.float64))
+
+    def tensor(self, scale=None, dtype=None, shape=None):
+        """Of some size, offset and stride; a few large values among small ones at times."""
+        shape = shape or (self.B, self.T)
+        x = torch.randn(shape, generator=self.g) * (scale or self.choice([1e-3, 1.0, 1.0, 10.0])) + self.choice([0.0, 0.0, 1.0])
+        if self.integer(0, 9) == 0:
+            x = torch.where(torch.rand(shape, generator=self.g) < 0.1, x * 100, x)
+        x = x.to(dtype or self.dtype)
+        if self.integer(0, 2) == 0:  # rows of a wider tensor
+            wide = torch.full((shape[0], *[n + 5 for n in shape[1:]]), torch.nan, dtype=x.dtype)
+            view = wide[:, 2 : 2 + shape[1]] if len(shape) > 1 else wide
+            return view.copy_(x)
+        return x
+
+    def mask(self, kinds=(torch.int64, torch.bool, torch.float32), empty_rows=True):
+        """Lengths, holes; with empty_rows also rows without a token, at times no token at all."""
+        lengths = torch.randint(0, self.T + 1, (self.B,), generator=self.g)
+        m = torch.arange(self.T)[None] < lengths[:, None]
+        if self.integer(0, 1):
+            m &= torch.rand(self.B, self.T, generator=self.g) < 0.8
+        if self.integer(0, 30) == 0:
+            m[:] = self.integer(0, 1)
+        if not empty_rows:
+            m[:, 0] = True
+        return m.to(self.choice(kinds))
+
+    def labels(self):
+        names = [self.choice(["a", "b", "c-long-label"]) for _ in range(self.B)]
+        return self.choice([np.array(names, dtype=object), np.array([ord(n[0]) for n in names])])
+
+
+def log_probs(d):
+    old = -d.tensor(1.0).abs()
+    return old, (old + d.tensor(d.choice([1e-3, 0.1, 0.3, 30.0]))).to(old.dtype)
+
+
+def counts(d):
+    return d.choice([{}, {"dp_size": 2, "batch_num_tokens": 77, "global_batch_size": 9, "loss_scale_factor": 50}])
+
+
+class Config:
+    clip_ratio, gamma = 0.2, 0.9
+
+    def __init__(self, d):
+        self.clip_ratio_low, self.clip_ratio_high, self.gamma = d.number(0.05, 0.5), d.number(0.05, 0.5), d.number(0.5, 1.0)
+        self.global_batch_info, self.cap = counts(d), d.number(1.5, 5.0)
+
+    def get(self, name, default=None):
+        return self.cap if name == "clip_ratio_c" else default
+
+
+NUMBERS = (torch.int64, torch.float32)  # a mask that verl subtracts from 1
+VERL = {
+    "masked_sum": lambda d: (d.tensor(), d.mask(), d.choice([None, 0, -1])),
+    "masked_mean": lambda d: (d.tensor(), d.mask(), d.choice([None, 0, -1])),
+    "masked_var": lambda d: (d.tensor(), d.mask(), d.choice([True, False])),
+    "masked_whiten": lambda d: (d.tensor(), d.mask(), d.choice([True, False])),
+    "group_mean_std": lambda d: (d.tensor(dtype=torch.float32, shape=(9,)), torch.randint(0, 5, (9,), generator=d.g), 1e-6, "cpu"),
+    "compute_gae_advantage_return": lambda d: (d.tensor(), d.tensor(), d.mask(NUMBERS), d.number(0.5, 1), d.number(0, 1)),
+    "compute_grpo_outcome_advantage": lambda d: (d.tensor(), d.mask(), d.labels(), 1e-6, d.choice([True, False])),
+    "compute_grpo_vectorized_outcome_advantage": lambda d: (d.tensor(dtype=torch.float32), d.mask(), d.labels()),
+    "compute_rloo_outcome_advantage": lambda d: (d.tensor(), d.mask(), d.labels()),
+    "compute_rloo_vectorized_outcome_advantage": lambda d: (d.tensor(dtype=torch.float32), d.mask(), d.labels()),
+    # a group without a token is NaN in verl, 0 in ours, and nobody reads it
+    "compute_opo_outcome_advantage": lambda d: (d.tensor(), d.mask(NUMBERS, False), d.labels()),
+    "compute_reinforce_plus_plus_baseline_outcome_advantage": lambda d: (d.tensor(), d.mask(), d.labels()),
+    "compute_reinforce_plus_plus_outcome_advantage": lambda d: (d.tensor(), d.mask(NUMBERS), Config(d)),
+    "compute_remax_outcome_advantage": lambda d: (d.tensor(), d.tensor(shape=(d.B,)), d.mask(NUMBERS)),
+    "kl_penalty_forward": lambda d: (*log_probs(d), d.choice(["k3", "low_var_kl"])),
+    "kl_penalty": lambda d: (*log_probs(d), d.choice(["k3", "low_var_kl", "k3+", "abs+", "k1+"])),
+    "agg_loss": lambda d: (d.tensor(), d.mask((torch.int64, torch.bool)), d.choice(MODES[2:]), *counts(d).values()),
+    "compute_policy_loss_vanilla": lambda d: (*log_probs(d), d.tensor(), d.mask((torch.int64, torch.bool)), d.choice(MODES), Config(d)),
+    "compute_value_loss": lambda d: (
+        d.tensor(), d.tensor(), d.tensor(), d.mask((torch.int64, torch.bool)), d.number(0.05, 1), d.choice(MODES), *counts(d).values()
+    ),
+}  # fmt: skip
+
+
+def agree(site, args):
+    """The same refusal, or inside the budget."""
+    try:
+        site.original(*args)
+    except Exception as refusal:
+        with pytest.raises(type(refusal)):
+            site.replacement(*args)
+        return
+    site.worst = Worst()
+    try:
+        site.judge(args, {})
+    except integrations.site.Uncovered:
+        return
+    except (ValueError, TypeError):  # ours refuses; the call stays with the framework
+        site.replacement(*args)
+        return
+    assert site.worst.share <= 1, f"{site.target}: {site.worst.line()}"
+
+
+def site_of(framework, name):
+    integrations.patch(framework)
+    return next(s for s in hooks.sites()[framework] if s.name == name)
+
+
+@pytest.mark.parametrize("name", VERL)
+def test_differential_verl(name):
+    import verl.trainer.ppo.core_algos  # noqa: F401
+
+    site = site_of("verl", name)
+    assert site.replacement is not None, site.why_left
+
+    @settings(max_examples=CASES, deadline=None, derandomize=True, database=None)
+    @given(st.integers(0, 2**40))
+    def check(seed):
+        agree(site, VERL[name](Draw(seed)))
+
+    check()
+
+
+# ---- OpenRLHF -------------------------------------------------------------------------------------------------------------
+def openrlhf_cases(openrlhf):
+    loss = openrlhf.models.loss
+    scan = "RemoteExperienceMaker.get_"
+
+    def single(d):  # log-probs come in float32
+        d.dtype = torch.float32
+        return d
+
+    def policy(d):
+        made = loss.PolicyLoss(
+            d.number(0.05, 0.5), d.number(0.05, 0.5), dual_clip=d.choice([None, 3.0]), token_level_loss=d.choice([True, False])
+        )
+        old, new = log_probs(d)
+        return (
+            made,
+            new,
+            old,
+            d.tensor(),
+            d.mask((torch.int64, torch.bool)),
+            None,
+            *d.choice([(), (2, torch.tensor(77.0), torch.tensor(9.0))]),
+        )
+
+    def value(d):
+        made = loss.ValueLoss(d.choice([None, 0.5, 0.1]), d.choice([True, False]))
+        return made, d.tensor(), d.tensor(), d.tensor(), d.mask((torch.int64, torch.bool))
+
+    def mean(d):  # of a row without a token the mean is NaN in both, its gradient NaN in OpenRLHF alone
+        return d.tensor(), d.mask(empty_rows=False), d.choice([None, -1])
+
+    def aggregate(d):
+        return d.tensor(), d.mask((torch.int64,)), d.choice([True, False]), *d.choice([(), (2, torch.tensor(77.0), torch.tensor(9.0))])
+
+    def kl(d):
+        return *log_probs(d), None, "k3"
+
+    cases = {
+        "masked_mean": mean, "aggregate_loss": aggregate, "compute_approx_kl": kl, "PolicyLoss.forward": policy, "ValueLoss.forward": value,
+        f"{scan}advantages_and_returns": lambda d: (None, d.tensor(), d.tensor(), d.mask((torch.int64,)), d.number(0.5, 1), d.number(0, 1)),
+        f"{scan}cumulative_returns": lambda d: (None, d.tensor(), d.mask((torch.int64,)), d.number(0.5, 1)),
+    }  # fmt: skip
+    return {name: (lambda d, case=case: case(single(d))) for name, case in cases.items()}
+
+
+OPENRLHF = (
+    "masked_mean", "aggregate_loss", "compute_approx_kl", "PolicyLoss.forward", "ValueLoss.forward",
+    "RemoteExperienceMaker.get_advantages_and_returns", "RemoteExperienceMaker.get_cumulative_returns",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPENRLHF)
+def test_differential_openrlhf(openrlhf, name):
+    site, case = site_of("openrlhf", name), openrlhf_cases(openrlhf)[name]
+    assert site.replacement is not None, site.why_left
+
+    @settings(max_examples=CASES, deadline=None, derandomize=True, database=None)
+    @given(st.integers(0, 2**40))
+    def check(seed):
+        agree(site, case(Draw(seed)))
+
+    check()
+
+
+# ---- faults -----------------------------------------------------------------------------------------------------------------
+def _dropped(function):
+    """The last token of each row is not seen."""
+
+    def faulty(*args, **kwargs):
+        found = []
+        for x in args:
+            if isinstance(x, torch.Tensor) and x.dim() == 2 and not x.is_floating_point():
+                x = x.clone()
+                x[:, -1] = 0
+            found.append(x)
+        return function(*found, **kwargs)
+
+    return faulty
+
+
+def _reset(rewards, mask, config):
+    return tuple(advantages.reinforce_plus_plus(rewards, mask, config.gamma, masked="reset"))
+
+
+def _small_eps(rewards, mask, index, epsilon=1e-6, scale=True):
+    """eps under the root, not beside it."""
+    s = rewards.sum(-1)
+    group = rlkern.group_normalize(s, index, eps=0.0, scale_by_std=False)
+    std = rlkern.group_mean_std(s, index, eps=1e-6).std[rlkern.group_index(index).ids]
+    out = (group / std if scale else group)[:, None] * mask
+    return out, out
+
+
+def _population(values, mask, shift_mean=True):
+    return rlkern.masked_whiten(values, mask, shift_mean=shift_mean, unbiased=False)
+
+
+FAULTS = {
+    "a token dropped from a sum": ("masked_sum", lambda own: _dropped(own)),
+    "a token dropped from a mean": ("masked_mean", lambda own: _dropped(own)),
+    "a token dropped from a loss": ("compute_policy_loss_vanilla", lambda own: _dropped(own)),
+    "a token dropped from a value loss": ("compute_value_loss", lambda own: _dropped(own)),
+    "a token dropped from GAE": ("compute_gae_advantage_return", lambda own: _dropped(own)),
+    "a token dropped from OPO's lengths": ("compute_opo_outcome_advantage", lambda own: _dropped(own)),
+    "a token dropped from an aggregation": ("agg_loss", lambda own: _dropped(own)),
+    "a reset for a skip": ("compute_reinforce_plus_plus_outcome_advantage", lambda own: _reset),
+    "eps in another place": ("compute_grpo_outcome_advantage", lambda own: _small_eps),
+    "population for Bessel": ("masked_whiten", lambda own: _population),
+    "Bessel for population": ("masked_var", lambda own: lambda v, m, unbiased=True: own(v, m, not unbiased)),
+    "a clamp left out": ("kl_penalty", lambda own: lambda a, b, k: rlkern.kl_penalty(a, b, k, value_range=None)),
+    "raw for zero": ("compute_rloo_vectorized_outcome_advantage", lambda own: lambda r, m, i: tuple(advantages.rloo(r, m, i))),
+    "lambda a little off": ("compute_gae_advantage_return", lambda own: lambda r, v, m, g, lam: own(r, v, m, g, lam * (1 - 1e-4))),
+    "the last clip kept": ("compute_policy_loss_vanilla", lambda own: lambda *a: (own(*a)[0] * (1 + 1e-5), own(*a)[1])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_differential_catches(fault):
+    import verl.trainer.ppo.core_algos  # noqa: F401
+
+    name, make = FAULTS[fault]
+    site = site_of("verl", name)
+    own, site.chosen = site.chosen, None
+    site.chosen = make(own)
+    try:
+        for seed in range(400):
+            try:
+                agree(site, VERL[name](Draw(seed)))
+            except AssertionError:
+                return
+        pytest.fail("400 cases did not show it")
+    finally:
+        site.chosen = own
