@@ -36,9 +36,9 @@ def sums(count, seed=0):
 
 
 def reward(a, b, text):
-    """1 for the sum, a tenth for another number, 0 for none."""
+    """1 for the sum, an eighth for another number, 0 for none: means of eight are exact."""
     text = "".join(text.replace("<eos>", "").replace("<pad>", "").split())
-    return 1.0 if text == str(a + b) else 0.1 if text.isdigit() else 0.0
+    return 1.0 if text == str(a + b) else 0.125 if text.isdigit() else 0.0
 
 
 def encoded(texts, tok):
