@@ -2,6 +2,9 @@
 """A tiny model trained by verl's and by OpenRLHF's own functions, patched against unpatched; and verl's real ppo_loss on the
 tensors that its engine makes."""
 
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -171,3 +174,22 @@ def test_training_loops_ppo_loss(compared):
         }
 
     assert compared("verl", call).check("ppo_loss") >= 8
+
+
+def test_training_worker(tmp_path):
+    """verl's TrainingWorker, FSDP2 on the CPU: the patch reaches the ppo_loss that it runs, and ten steps lose what they lose without."""
+    tok = tiny_lm.tokenizer()
+    tiny_lm.warmed(tiny_lm.model(), tok, 20).save_pretrained(tmp_path)
+    tok.save_pretrained(tmp_path)
+    found = {}
+    for mode, port in (("off", "29511"), ("on", "29512")):
+        command = [sys.executable, str(Path(__file__).parent / "worker.py"), str(tmp_path), mode]
+        env = {**os.environ, "MASTER_PORT": port}
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False)
+        assert "RESULT" in done.stdout, done.stderr[-3000:]
+        values, weights, reached = json.loads(done.stdout.split("RESULT")[1])
+        found[mode] = values, weights
+    assert reached == ["agg_loss", "kl_penalty", "masked_sum", "vanilla"]
+    assert found["on"][0] == pytest.approx(found["off"][0], rel=1e-5)
+    assert found["on"][1] == pytest.approx(found["off"][1], rel=1e-6)
+    assert len(set(found["on"][0])) > 5
