@@ -28,6 +28,7 @@ logger = logging.getLogger("rlkern.integrations")
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 _CLOSE = 2e-5  # of the largest value: two float32 orders of summation agree, two formulas do not
 _SAYS = 4096  # shadow mode says where it stands after 1, 2, 4, ... calls, up to so many at a time
+_TEXTS = 20  # a function says so many things at most: a long run must not fill its log
 
 
 def _never(*args: Any, **kwargs: Any) -> bool:
@@ -178,7 +179,7 @@ class Site:
 
     def say(self, text: str, level: int = logging.WARNING) -> None:
         """Once per text."""
-        if text not in self.said:
+        if text not in self.said and len(self.said) < _TEXTS:
             self.said.add(text)
             logger.log(level, "rlkern: %s", text)
 

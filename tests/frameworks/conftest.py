@@ -52,6 +52,8 @@ def openrlhf():
     import openrlhf.trainer.ppo_utils.experience_maker
     import openrlhf.trainer.ray.ppo_actor
 
+    for name in [name for name in sys.modules if name.split(".")[0] in ("flash_attn", "vllm")]:
+        del sys.modules[name]  # TRL, in the same process, would take them for the packages
     return openrlhf
 
 
