@@ -195,6 +195,11 @@ class Site:
                 self.missed(problem)
         return found
 
+    def choice(self) -> Callable[..., Any]:
+        if self.chosen is None:
+            raise Uncovered("it is not patched")
+        return self.chosen
+
     def missed(self, problem: Exception) -> None:
         self.worst.left += 1
         level = logging.INFO if isinstance(problem, Uncovered) else logging.WARNING
@@ -202,10 +207,9 @@ class Site:
 
     def judge(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.refuse_foreign((*args, *kwargs.values()))
-        assert self.chosen is not None
         names = list(inspect.signature(self.original).parameters)
         wide_args, wide_kwargs = double((args, kwargs))
-        ours = _run(self.chosen, args, kwargs, names, self.grads)
+        ours = _run(self.choice(), args, kwargs, names, self.grads)
         theirs = _run(self.original, args, kwargs, names, self.grads)
         wide = dict(zip(names, wide_args, strict=False)) | wide_kwargs
         true = self.exact or self.original

@@ -168,9 +168,8 @@ class _LossSite(Site):
         return found
 
     def compare_losses(self, trainer: Any, model: Any, inputs: dict[str, Any], logps: tuple[Any, ...]) -> None:
-        assert self.chosen is not None
         theirs = _loss_and_grad(self.original, trainer, model, inputs, logps)
-        ours = _loss_and_grad(self.chosen, trainer, model, inputs, logps)
+        ours = _loss_and_grad(self.choice(), trainer, model, inputs, logps)
         inputs, logps = double(inputs), double(logps)
         exact = _loss_and_grad(self.original, trainer, model, inputs, logps)
         sizes = _loss_and_grad(self.original, trainer, model, inputs | {"advantages": -inputs["advantages"].abs()}, logps)
