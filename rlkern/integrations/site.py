@@ -159,8 +159,7 @@ class Site:
             self.refuse_foreign((*args, *kwargs.values()))
             return self.chosen(*args, **kwargs)
         except Uncovered as reason:
-            if logger.isEnabledFor(logging.INFO):
-                self.say(f"{self.target}: stays with the framework: {reason}", logging.INFO)
+            self.say(f"{self.target}: stays with the framework: {reason}")
         except (ValueError, TypeError, AttributeError, AssertionError) as reason:
             self.say(f"{self.target}: rlkern refuses what the framework is left to judge: {reason}")
         return self.original(*args, **kwargs)  # raises what the framework raises
