@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlkern.reference.kl import wide
 
+
 # ---- one token ------------------------------------------------------------------------------------------------------
 def value_terms(vpreds: Tensor, returns: Tensor, values: Tensor | None, clip: float) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, d loss / d vpreds, clipped); without values half the squared error."""
