@@ -210,7 +210,11 @@ def policy_variant_fwd_kernel(
                 bonus = launch.load(entropy, entropy_stride, start, first, inside, INNER[6], ALIGNED)
                 bonuses += in_lanes(tl.where(valid, bonus, 0.0), ALIGNED)
             loss = tl.where(valid, loss, 0.0)
-            found, clips, lowers = found + in_lanes(valid, ALIGNED), clips + in_lanes(clipped & valid, ALIGNED), lowers + in_lanes(lower & valid, ALIGNED)
+            found, clips, lowers = (
+                found + in_lanes(valid, ALIGNED),
+                clips + in_lanes(clipped & valid, ALIGNED),
+                lowers + in_lanes(lower & valid, ALIGNED),
+            )
             bads, losses = bads + in_lanes(loss - loss != 0, ALIGNED), losses + in_lanes(loss, ALIGNED)
             xs, kls = xs + in_lanes(tl.where(valid, x, 0.0), ALIGNED), kls + in_lanes(tl.where(valid, kl, 0.0), ALIGNED)
             far, most = largest(far, most, tl.where(valid, raw, 0.0), valid, ALIGNED)
@@ -222,8 +226,7 @@ def policy_variant_fwd_kernel(
 
 
 # ---- plans ----------------------------------------------------------------------------------------------------------
-_TYPES = {"mask": "i64", "parts": "fp64", "stats": "fp64", "shared": "fp64", "row_counts": "fp64", "local": "fp64"}
-_LEFT = ("parts",) * 10
+_TYPES, _LEFT = {"mask": "i64", "parts": "fp64"}, ("parts",) * 10
 _CHOICE = {
     "MODE": "token-mean", "FROM": (0, 0, 0, 0), "LEVEL": "token", "BY_RATIO": False, "KL": "none", "BOUNDED": True, "STRAIGHT": False,
     "KL_GRAD": False, "SPREAD": False,
@@ -233,9 +236,9 @@ for _kind in ("clip", "sapo", "cispo", "dppo_kl", "dro"):
     VARIANTS += variants(policy_variant_fwd_kernel, SWEEP, _PLAN, {**_CHOICE, "KIND": _kind}, **_TYPES)
 _PLAN = Plan(("log_prob", "old_log_prob", "advantages", "mask"), (), (96, 112), ("stats",) * 2, (*_LEFT, "shared"))
 _ROW = {**_CHOICE, "KIND": "clip", "LEVEL": "sequence"}
-VARIANTS += variants(policy_variant_fwd_kernel, SWEEP, _PLAN, _ROW, **_TYPES)
+VARIANTS += variants(policy_variant_fwd_kernel, SWEEP, _PLAN, _ROW, **_TYPES, stats="fp64", shared="fp64")
 _PLAN = Plan(("log_prob", "old_log_prob", "mask"), (), (64, 72), (), ("parts",) * 4)
-VARIANTS += variants(policy_rows_kernel, SWEEP, _PLAN, {"KIND": "clip"}, mask="i64", parts="fp64")
+VARIANTS += variants(policy_rows_kernel, SWEEP, _PLAN, {"KIND": "clip"}, **_TYPES)
 
 
 # ---- launchers ------------------------------------------------------------------------------------------------------
