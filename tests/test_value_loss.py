@@ -207,7 +207,21 @@ def test_value_loss_rejects(backend):
 def test_value_loss_registers(backend_number):
     v, r, old, mask = batch(3, 20)
     nan = float("nan")
-    args = (v, r, old, mask, None, None, 0.5, "seq-mean-token-mean", [1.0, nan, nan, nan], torch.float32, [True, True], backend_number)
+    args = (
+        v,
+        r,
+        old,
+        mask,
+        None,
+        None,
+        0.5,
+        math.inf,
+        "seq-mean-token-mean",
+        [1.0, nan, nan, nan],
+        torch.float32,
+        [True, True],
+        backend_number,
+    )
     torch.library.opcheck(torch.ops.rlkern._value_loss_fwd.default, args)
 
     def step(v):
