@@ -213,7 +213,8 @@ def kl_penalty(
         out = check.out_tensors(op, out, log_prob, [check.result_dtype(log_prob, ref_log_prob, _in_value(old, settings))], grad)
     shape = log_prob.shape
     if len(shape) not in (1, 2):
-        log_prob, ref_log_prob, old = (None if x is None else x.reshape(-1) for x in (log_prob, ref_log_prob, old))
+        log_prob, ref_log_prob = log_prob.reshape(-1), ref_log_prob.reshape(-1)
+        old = None if old is None else old.reshape(-1)
     if grad:
         flat: Tensor = _KlPenalty.apply(log_prob, ref_log_prob, old, settings, backend)  # type: ignore[no-untyped-call]
         return flat if flat.shape == shape else flat.view(shape)
