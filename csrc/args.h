@@ -196,6 +196,27 @@ struct PolicyLossArgs {
   int threads;
 };
 
+// A variant of the policy loss: the function of a token, what its ratio is of, its own numbers (rlkern/policy.py).
+enum class PolicyKind : int32_t { clip, kl_cov, sapo, reinforce, cispo, dppo_tv, dppo_kl, dro, vespo, geo_mean };
+enum class Level : int32_t { token, sequence, sequence_sum };
+struct PolicyVariantArgs : PolicyLossArgs {
+  Operand selected, behave;  // a byte per token; the behaviour policy's log-prob
+  PolicyKind kind;
+  Level level;
+  bool row_grad, by_ratio;  // the gradient goes through the row; the KL is multiplied by the ratio
+  double own[4];
+};
+// selected: a byte per token; counts: how many are set, and valid tokens. numbers: of clip-cov the covariance's bounds and the
+// clip, of kl-cov the share of tokens.
+struct PolicySelectArgs {
+  Rows rows;
+  Operand old_log_prob, log_prob, advantages, mask;
+  Operand selected, counts;
+  bool largest;  // kl-cov
+  double numbers[4];
+  int threads;
+};
+
 enum ValueSum { kVTokens, kVSequences, kVClipped, kVPredictions, kVLoss, kVNonfinite, kValueSums };
 enum ValueMax { kAbsErrorMax, kValueMaxes };
 struct ValueLossArgs {

@@ -169,6 +169,40 @@ double policy_loss_fwd(Tokens old_log_prob, Tokens log_prob, Tokens advantages, 
                                                    either(weights, weights_row), ref_log_prob, entropy, loss, sums, maxes, d_log_prob, d_entropy, options,
                                                    agg_options(mode, numbers, counts), kl_options(kl, kl_range), coefs[0], coefs[1], threads});
 }
+double policy_variant_fwd(Tokens old_log_prob, Tokens log_prob, Tokens advantages, PerRow advantages_row, Tokens mask, Tokens weights, PerRow weights_row,
+                          Tokens ref_log_prob, Tokens entropy, Tokens selected, Tokens behave, PerRow counts, Packed packed, PolicyKind kind, Level level,
+                          const std::array<bool, 2>& flags, const std::array<double, 8>& clip, Agg mode, const std::array<double, 4>& numbers,
+                          const std::string& kl, const Range& kl_range, const std::array<double, 2>& coefs, py::handle, py::handle, Tokens loss, Tokens sums,
+                          Tokens maxes, Tokens d_log_prob, Tokens d_entropy, int threads) {
+  const PolicyClipOptions options{clip[0], clip[1], clip[2], clip[3]};
+  const PolicyLossArgs base{rows_of(log_prob, packed),
+                            old_log_prob,
+                            log_prob,
+                            either(advantages, advantages_row),
+                            mask,
+                            either(weights, weights_row),
+                            ref_log_prob,
+                            entropy,
+                            loss,
+                            sums,
+                            maxes,
+                            d_log_prob,
+                            d_entropy,
+                            options,
+                            agg_options(mode, numbers, counts),
+                            kl_options(kl, kl_range),
+                            coefs[0],
+                            coefs[1],
+                            threads};
+  return run(&Kernels::policy_variant, PolicyVariantArgs{base, selected, behave, kind, level, flags[0], flags[1], {clip[4], clip[5], clip[6], clip[7]}});
+}
+double policy_select_fwd(Tokens old_log_prob, Tokens log_prob, Tokens advantages, PerRow advantages_row, Tokens mask, Packed packed, const std::string& kind,
+                         const std::vector<double>& numbers, Tokens selected, Tokens counts, int threads) {
+  PolicySelectArgs args{rows_of(log_prob, packed), old_log_prob, log_prob, either(advantages, advantages_row), mask, selected, counts,
+                        kind == "kl_cov",          {},           threads};
+  for (size_t i = 0; i < numbers.size() && i < 4; ++i) args.numbers[i] = numbers[i];
+  return run(&Kernels::policy_select, args);
+}
 double value_loss_fwd(Tokens vpreds, Tokens returns, Tokens values, Tokens mask, PerRow counts, Packed packed, double range, double delta, Agg mode,
                       const std::array<double, 4>& numbers, py::handle, py::handle, Tokens loss, Tokens sums, Tokens maxes, Tokens d_vpreds, int threads) {
   return run(&Kernels::value_loss, ValueLossArgs{rows_of(vpreds, packed), vpreds, returns, values, mask, loss, sums, maxes, d_vpreds, range, delta,
@@ -251,6 +285,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("_shape_rewards_fwd", shape_rewards_fwd);
   m.def("_shape_rewards_bwd", shape_rewards_bwd);
   m.def("_policy_loss_fwd", policy_loss_fwd);
+  m.def("_policy_variant_fwd", policy_variant_fwd);
+  m.def("_policy_select_fwd", policy_select_fwd);
   m.def("_value_loss_fwd", value_loss_fwd);
   m.def("_scale_fwd", scale_fwd);
   m.def("_masked_sum_fwd", masked_reduce<Reduce::sum>);

@@ -228,4 +228,16 @@ struct type_caster<rlkern::Agg> {
     return rlkern::word(h, {"token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm", "token-sum"}, value);
   }
 };
+template <>
+struct type_caster<rlkern::PolicyKind> {
+  PYBIND11_TYPE_CASTER(rlkern::PolicyKind, const_name("str"));
+  bool load(handle h, bool) {
+    return rlkern::word(h, {"clip", "kl_cov", "sapo", "reinforce", "cispo", "dppo_tv", "dppo_kl", "dro", "vespo", "geo_mean"}, value);
+  }
+};
+template <>
+struct type_caster<rlkern::Level> {
+  PYBIND11_TYPE_CASTER(rlkern::Level, const_name("str"));
+  bool load(handle h, bool) { return rlkern::word(h, {"token", "sequence", "sequence-sum"}, value); }
+};
 }  // namespace pybind11::detail

@@ -3,38 +3,21 @@
 
 from __future__ import annotations
 
-import functools
-import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from rlkern import check, library
-from rlkern.aggregation import Count, counts_of, gradient, loss_dtype, results
-from rlkern.backends import pick
-from rlkern.kl import estimator
-from rlkern.metrics import POLICY_MAXES, POLICY_SUMS, Metrics, PolicyLoss, PolicyLossAndGrad
+from rlkern import check, library, policy
+from rlkern.aggregation import Count
+from rlkern.metrics import Metrics, PolicyLoss, PolicyLossAndGrad
 from rlkern.reference import loss as reference
-from rlkern.types import Kl, LossAggMode
+from rlkern.reference.policy import smooth
+from rlkern.types import Kl, Level, LossAggMode, Variant, VariantOptions
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-# ---- raw ops --------------------------------------------------------------------------------------------------------
-def _policy_alloc(old_log_prob: Tensor, log_prob: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    entropy, dtype, needs = rest[6], rest[-2], rest[-1]
-    d_entropy = gradient(log_prob if entropy is None else entropy, needs[1], needs[2])
-    return *results(log_prob, dtype, len(POLICY_SUMS), len(POLICY_MAXES)), gradient(log_prob, needs[0], needs[2]), d_entropy
-
-
-library.define(
-    "_policy_loss_fwd",
-    "(Tensor old_log_prob, Tensor log_prob, Tensor? advantages, Tensor? advantages_row, Tensor mask, Tensor? weights,"
-    " Tensor? weights_row, Tensor? ref_log_prob, Tensor? entropy, Tensor? counts, Tensor? cu_seqlens, float[] clip,"
-    " str mode, float[] numbers, str kl, float[] kl_range, float[] coefs, ScalarType loss_dtype, bool[] needs)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _policy_alloc,
-    reference.policy_loss,
-)
 library.define(
     "_scale_fwd",
     "(Tensor x, Tensor factor, Tensor like) -> Tensor",
@@ -49,13 +32,11 @@ class _PolicyLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, log_prob: Tensor, entropy: Tensor | None, *rest: Any) -> Any:
-        (old, *tensors), (*settings, backend) = rest[:9], rest[9:]
-        adv, adv_row, mask, weights, weights_row, ref, counts, cu = tensors
-        args = (old, log_prob, adv, adv_row, mask, weights, weights_row, ref, entropy, counts, cu)
-        needs = [*ctx.needs_input_grad[:2], True]
-        loss, sums, maxes, d_log_prob, d_entropy = library.call("_policy_loss_fwd", *args, *settings, needs, backend=backend)
+        tensors, (*settings, plain, backend) = rest[:_TENSORS], rest[_TENSORS:]
+        name, args = policy.raw(plain, log_prob, entropy, tensors, settings)
+        loss, sums, maxes, d_log_prob, d_entropy = library.call(name, *args, [*ctx.needs_input_grad[:2], True], backend=backend)
         ctx.rest = (settings, backend)
-        ctx.save_for_backward(d_log_prob, d_entropy, log_prob, entropy, *rest[:9])
+        ctx.save_for_backward(d_log_prob, d_entropy, log_prob, entropy, *tensors)
         ctx.mark_non_differentiable(sums, maxes)
         ctx.set_materialize_grads(False)
         return loss, sums, maxes
@@ -68,109 +49,26 @@ class _PolicyLoss(torch.autograd.Function):
         if grad is not None and library.wants_double_backward(grad, log_prob, entropy):
 
             def forward(log_prob: Tensor, entropy: Tensor | None) -> Tensor:
-                return reference.policy_loss_smooth(log_prob, entropy, tensors, settings)
+                return smooth(log_prob, entropy, tensors, settings)
 
             found, bonus = library.differentiate(forward, (log_prob, entropy), (grad,))
         elif grad is not None:
             need, need_entropy = ctx.needs_input_grad[:2]
             found = library.call("_scale_fwd", d_log_prob, grad, log_prob, backend=backend) if need else None
             bonus = library.call("_scale_fwd", d_entropy, grad, entropy, backend=backend) if need_entropy else None
-        return (found, bonus, *[None] * 17)
+        return (found, bonus, *[None] * (_TENSORS + _SETTINGS))
 
 
-# ---- arguments ------------------------------------------------------------------------------------------------------
-def _token_or_row(x: Any, like: Tensor) -> tuple[Any, Any]:
-    """(x, None) if x has one value a token, (None, x) if it may have one a row."""
-    return (None, x) if isinstance(x, Tensor) and x.shape != like.shape else (x, None)
+_TENSORS, _SETTINGS = 11, 12  # of policy.Policy: its tensors, its settings with `plain` and the backend
 
 
-class _Policy(NamedTuple):
-    """Checked arguments of a policy loss."""
-
-    log_prob: Tensor
-    entropy: Tensor | None
-    tensors: tuple[Tensor | None, ...]  # old, advantages, their row form, mask, weights, their row form, ref, counts, cu
-    settings: tuple[Any, ...]  # clip, mode, numbers, kl, kl_range, coefs, loss dtype
-    kind: str
-    backend: int
-
-
-def _settings(
-    op: str, cliprange: float, cliprange_low: float | None, cliprange_high: float | None, clip_ratio_c: float | None,
-    log_ratio_clamp: float | None, kl_penalty: str, kl_coef: float, entropy_coeff: float, has_ref: bool, has_entropy: bool,
-) -> tuple[list[float], str, list[float], list[float]]:  # fmt: skip
-    """The numbers of a policy loss, checked once for each set of them: (clip, estimator, its clamps, coefficients)."""
-    cliprange = check.number(op, "cliprange", cliprange, 0.0)
-    low = cliprange if cliprange_low is None else check.number(op, "cliprange_low", cliprange_low, 0.0)
-    high = cliprange if cliprange_high is None else check.number(op, "cliprange_high", cliprange_high, 0.0)
-    cap = math.inf if clip_ratio_c is None else check.number(op, "clip_ratio_c", clip_ratio_c, 1.0, open_low=True)
-    clamp = math.inf if log_ratio_clamp is None else check.number(op, "log_ratio_clamp", log_ratio_clamp, 0.0)
-    coefs = [check.number(op, "kl_coef", kl_coef), check.number(op, "entropy_coeff", entropy_coeff)]
-    if coefs[0] != 0 and not has_ref:
-        raise check.fail(op, "kl_coef", "be 0 without ref_log_prob", kl_coef, "Give ref_log_prob.")
-    if coefs[1] != 0 and not has_entropy:
-        raise check.fail(op, "entropy_coeff", "be 0 without entropy", entropy_coeff, "Give entropy.")
-    kl, kl_range = estimator(op, kl_penalty)
-    return [low, high, cap, clamp], kl, kl_range, coefs
-
-
-_cached_settings = functools.lru_cache(maxsize=64, typed=True)(_settings)
-
-
-def _settings_once(*numbers: Any) -> tuple[list[float], str, list[float], list[float]]:
-    if torch.compiler.is_compiling():
-        return _settings(*numbers)
-    try:
-        return _cached_settings(*numbers)
-    except TypeError:  # unhashable: the check names it
-        return _settings(*numbers)
-
-
-def _policy(
-    op: str, old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, response_mask: Tensor, cliprange: float = 0.2,
-    cliprange_low: float | None = None, cliprange_high: float | None = None, clip_ratio_c: float | None = 3.0,
-    log_ratio_clamp: float | None = 20.0, loss_agg_mode: str = "token-mean", rollout_is_weights: Tensor | None = None,
-    ref_log_prob: Tensor | None = None, kl_penalty: str = "low_var_kl", kl_coef: float = 0.0, entropy: Tensor | None = None,
-    entropy_coeff: float = 0.0, dp_size: Count = 1, batch_num_tokens: Count = None, global_batch_size: Count = None,
-    loss_scale_factor: Count = None, cu_seqlens: Tensor | None = None,
-) -> _Policy:  # fmt: skip
-    check.batch(op, "log_prob", log_prob, cu_seqlens)
-    check.present(op, "log_prob", old_log_prob=old_log_prob, advantages=advantages, response_mask=response_mask)
-    adv, adv_row = _token_or_row(advantages, log_prob)
-    weights, weights_row = _token_or_row(rollout_is_weights, log_prob)
-    log_prob, old, mask, adv, weights, ref, entropy = check.tensors(
-        op, log_prob, log_prob=log_prob, old_log_prob=old_log_prob, response_mask=response_mask, advantages=adv,
-        rollout_is_weights=weights, ref_log_prob=ref_log_prob, entropy=entropy,
-    )  # fmt: skip
-    cu = check.lengths(op, cu_seqlens, log_prob)
-    if adv_row is not None or weights_row is not None:
-        rows = check.rows_of(log_prob, cu)
-        adv_row = check.per_row(op, "advantages", adv_row, rows, log_prob)
-        weights_row = check.per_row(op, "rollout_is_weights", weights_row, rows, log_prob)
-    if op == "policy_loss":
-        check.detached(op, advantages=advantages, old_log_prob=old, ref_log_prob=ref, rollout_is_weights=rollout_is_weights)
-    clip, kl, kl_range, coefs = _settings_once(
-        op, cliprange, cliprange_low, cliprange_high, clip_ratio_c, log_ratio_clamp, kl_penalty, kl_coef, entropy_coeff,
-        ref is not None, entropy is not None,
-    )  # fmt: skip
-    counts = counts_of(
-        op, log_prob, loss_agg_mode, cu is not None, dp_size=dp_size, batch_num_tokens=batch_num_tokens,
-        global_batch_size=global_batch_size, loss_scale_factor=loss_scale_factor,
-    )  # fmt: skip
-    dtype = loss_dtype(loss_agg_mode, counts, log_prob, old, adv, adv_row, weights, weights_row, mask, ref, entropy)
-    tensors = (old, adv, adv_row, mask, weights, weights_row, ref, counts.tensor, cu)
-    kind = "policy" + ("+kl" if ref is not None else "") + ("+entropy" if entropy is not None else "")
-    settings = (clip, loss_agg_mode, counts.numbers, kl, kl_range, coefs, dtype)
-    return _Policy(log_prob, entropy, tensors, settings, kind, pick("_policy_loss_fwd", log_prob))
-
-
-def _run(p: _Policy, needs: list[bool], out: Any = None) -> tuple[Tensor, ...]:
-    old, adv, adv_row, mask, weights, weights_row, ref, counts, cu = p.tensors
-    args = (old, p.log_prob, adv, adv_row, mask, weights, weights_row, ref, p.entropy, counts, cu, *p.settings)
+def _run(p: policy.Policy, needs: list[bool], out: Tensor | None = None) -> tuple[Tensor, ...]:
+    name, args = policy.raw(p.plain, p.log_prob, p.entropy, p.tensors, p.settings)
+    outs = None
     if out is not None:
-        loss, sums, maxes, _, d_entropy = _policy_alloc(*args, [False, *needs[1:]])
-        out = (loss, sums, maxes, out, d_entropy)
-    found: tuple[Tensor, ...] = library.call("_policy_loss_fwd", *args, needs, backend=p.backend, out=out)
+        loss, sums, maxes, _, d_entropy = library.OPS[name].alloc(*args, [False, *needs[1:]])
+        outs = (loss, sums, maxes, out, d_entropy)
+    found: tuple[Tensor, ...] = library.call(name, *args, needs, backend=p.backend, out=outs)
     return found
 
 
@@ -181,16 +79,21 @@ def policy_loss(
     advantages: Tensor,
     response_mask: Tensor,
     *,
-    cliprange: float = 0.2,
+    variant: Variant = "ppo",
+    cliprange: float | None = None,
     cliprange_low: float | None = None,
     cliprange_high: float | None = None,
-    clip_ratio_c: float | None = 3.0,
-    log_ratio_clamp: float | None = 20.0,
-    loss_agg_mode: LossAggMode = "token-mean",
+    clip_ratio_c: float | None | Literal["auto"] = "auto",
+    log_ratio_clamp: float | None | Literal["auto"] = "auto",
+    importance_sampling_level: Level | None = None,
+    sequence_grad: Literal["row", "token"] | None = None,
+    loss_agg_mode: LossAggMode | None = None,
     rollout_is_weights: Tensor | None = None,
+    rollout_log_prob: Tensor | None = None,
     ref_log_prob: Tensor | None = None,
     kl_penalty: Kl = "low_var_kl",
     kl_coef: float = 0.0,
+    use_bias_correction_kl: bool = False,
     entropy: Tensor | None = None,
     entropy_coeff: float = 0.0,
     dp_size: Count = 1,
@@ -198,31 +101,59 @@ def policy_loss(
     global_batch_size: Count = None,
     loss_scale_factor: Count = None,
     cu_seqlens: Tensor | None = None,
+    **options: Unpack[VariantOptions],
 ) -> PolicyLoss:
-    r"""PPO's clipped policy loss, with the KL and entropy terms fused in.
+    r"""The policy loss, PPO's clipped one or a variant, with the KL and entropy terms fused in.
 
-    Per token, with x = clamp(log_prob - old_log_prob, +-log_ratio_clamp) and r = exp(x):
-    l = max(-A r, -A clamp(r, 1 - low, 1 + high)), where A < 0 at most -A clip_ratio_c; then l * rollout_is_weights.
-    loss = agg(l) + kl_coef * agg(KL) - entropy_coeff * agg(entropy).
+    Per token, with x = log_prob - old_log_prob, clamped, and r = exp(x); A the advantage, lo and hi the cliprange:
+
+    - ppo: max(-A r, -A clip(r)), clip(r) in [1 - lo, 1 + hi]; where A < 0 at most -A clip_ratio_c (3), or with `delta`
+      instead, TRL's, at most -A delta. decoupled: the same with old_log_prob the proximal policy, times
+      exp(old_log_prob - rollout_log_prob), 0 where that is above `behave_cap` (off).
+    - gspo, gspo_token, luspo: ppo with r = exp(mean x of the row); gspo clamps the mean at 10 from above. rloo: with
+      r = exp(sum x of the row). luspo and rloo divide by all rows.
+    - sapo: -A (4 / tau) sigmoid(tau (r - 1)), tau = tau_pos (1.0) where A > 0, else tau_neg (1.05).
+    - cispo: -sg(clip(r)) A log_prob, or with `ratio_cap`, TRL's, -sg(min(r, ratio_cap)) A log_prob. gpg, reinforce: -A log_prob.
+    - dppo_tv, dppo_kl: -sg(min(r, clip_ratio_c)) A log_prob, 0 where the token's total variation, or the divergence of two
+      coins, has passed hi (A > 0) or lo in the direction that A rewards.
+    - dro: dro_beta x^2 / 2 - A log_prob. vespo: -sg(exp(lam + k L - lam e^L)) A log_prob with L the row's sum of x and of
+      the logs of the weights, k and lam by the sign of A: vespo_k_pos (2), vespo_lambda_pos (3), vespo_k_neg (3), vespo_lambda_neg (2).
+    - geo_mean: -mean(A) exp(mean of x, clipped at hi where A > 0, at -lo where A < 0) of the row; weights by their geometric mean.
+    - clip_cov: ppo, but clip_cov_ratio (2e-4) of the tokens, at random of those whose covariance (A - mean A)(log_prob -
+      mean log_prob) lies between clip_cov_lb (1) and clip_cov_ub (5), give nothing. kl_cov: -A r, and ppo_kl_coef (0.1) |x|
+      at the kl_cov_ratio (2e-4) of the tokens with the largest covariance.
+
+    All but vespo and geo_mean are multiplied by rollout_is_weights. loss = agg(l) + kl_coef * agg(KL) - entropy_coeff * agg(entropy).
     agg, with D = dp_size, N = batch_num_tokens, B = global_batch_size, S = loss_scale_factor, n the row's valid tokens:
     token-mean: D / N * sum; seq-mean-token-sum: D / B * sum; seq-mean-token-mean: D / B * sum over rows of (row sum / n);
     seq-mean-token-sum-norm: D / (B S) * sum; token-sum: D * sum.
 
     Args:
-        old_log_prob: (B, T) or packed (N,), floating point, nats. No input but the mask is read at masked tokens.
+        old_log_prob: (B, T) or packed (N,), floating point, nats. No input but the mask is read at masked tokens (vespo's
+            weights are, as in TRL).
         log_prob: like old_log_prob.
         advantages: like log_prob, or one a row: (B,), (B, 1), or (B, T) expanded with stride 0 (read once a row).
         response_mask: like log_prob, bool, integer or float; nonzero = trainable token, whatever its value.
-        cliprange, cliprange_low, cliprange_high: the clip of r; low and high default to cliprange. Not negative.
-        clip_ratio_c: the dual clip, greater than 1; None = off.
-        log_ratio_clamp: the clamp of the log-ratio, nats; None = off.
-        loss_agg_mode: the aggregation, as above.
+        variant: as above.
+        cliprange, cliprange_low, cliprange_high: the clip of r, not negative; low and high default to cliprange (0.2).
+        clip_ratio_c: the dual clip, greater than 1; None = off, "auto" = the variant's (3 for ppo, decoupled and dppo).
+        log_ratio_clamp: the clamp of the log-ratio, nats; None = off, "auto" = the variant's (20; gspo 10; rows: from above).
+        importance_sampling_level: what r is the ratio of: "token", "sequence" (the row's mean) or "sequence-sum". None = the variant's;
+            ppo takes all three, sapo, cispo and luspo the first two.
+        sequence_grad: of a row's ratio. "row": the gradient goes through the row's mean (TRL, OpenRLHF); "token": each
+            token keeps its own (verl's gspo). None = the variant's.
+        loss_agg_mode: the aggregation, as above. None = the variant's, as its framework has it: token-mean; seq-mean-token-mean
+            for sapo, geo_mean and rloo; seq-mean-token-sum for luspo.
         rollout_is_weights: like advantages; multiplies l, detached.
+        rollout_log_prob: like log_prob, for "decoupled" only: the behaviour policy's.
         ref_log_prob, kl_penalty, kl_coef: the KL term (`kl_penalty` has the estimators); like log_prob, nats.
+        use_bias_correction_kl: multiply the KL by r, with its gradient (TRL).
         entropy, entropy_coeff: the entropy term; like log_prob, nats.
         dp_size, batch_num_tokens, global_batch_size, loss_scale_factor: numbers or 0-dim tensors, which are never read on
-            the host. None: this call's valid tokens, its rows with any, and T.
+            the host. None: this call's valid tokens, its rows with any (luspo, rloo, geo_mean: all its rows), and T.
         cu_seqlens: (rows + 1,) offsets of packed rows, int32 or int64.
+        options: the variant's own numbers, as above; dro_beta has no default. `noise`, like log_prob: clip_cov takes the
+            candidates of the least noise and reads nothing on the host.
 
     Returns:
         PolicyLoss(loss, metrics): a fresh 0-dim tensor, in verl's dtype (the promotion of the inputs and a float mask; at
@@ -235,11 +166,12 @@ def policy_loss(
     Numerics:
         Arithmetic in float32 (float64 if an input is), for half log-probs too: verl rounds their ratio to half. Sums in
         float64; the same bits for every thread count. A NaN at a valid token shows in the loss, in its gradient (where
-        torch.clamp would give 0) and in metrics.nonfinite. No valid token: loss NaN with local counts, gradients 0.
+        torch.clamp would give 0) and in metrics.nonfinite. No valid token: loss NaN with local counts, gradients 0. clip_cov without
+        noise is the one call that reads the device: it takes verl's torch.randperm, from the host's generator.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes, devices, numbers or modes that do not fit; dp_size > 1 without the count that
-        the mode divides by; an input that requires grad and gets none.
+        ValueError, TypeError: shapes, dtypes, devices, numbers or modes that do not fit; what the variant does not read;
+        dp_size > 1 without the count that the mode divides by; an input that requires grad and gets none.
 
     Example:
         >>> log_prob, mask = torch.tensor([[-1.0, -2.0]], requires_grad=True), torch.tensor([[1, 1]])
@@ -248,54 +180,36 @@ def policy_loss(
         (tensor(-2., grad_fn=<_PolicyLossBackward>), tensor([[-1., -1.]]))
 
     Source:
-        Schulman et al. 2017 (arXiv 1707.06347), Ye et al. 2019 (dual clip, 1912.09729), Yu et al. 2025 (clip-higher,
-        2503.14476); verl compute_policy_loss_vanilla and agg_loss.
+        PPO: Schulman et al. 2017 (arXiv 1707.06347), Ye et al. 2019 (dual clip, 1912.09729), Yu et al. 2025 (clip-higher,
+        2503.14476). decoupled: Hilton et al. 2022 (2110.00641). GSPO: Zheng et al. 2025 (2507.18071). CISPO: MiniMax 2025 (2506.13585). GPG:
+        Chu et al. 2025 (2504.02546). GMPO: Zhao et al. 2025 (2507.20673). clip-cov, kl-cov: Cui et al. 2025 (2505.22617). DPPO:
+        2602.04879. verl compute_policy_loss_<variant> and agg_loss; TRL GRPOTrainer._compute_loss; OpenRLHF PolicyLoss.
     """
-    p = _policy(
-        "policy_loss", old_log_prob, log_prob, advantages, response_mask, cliprange, cliprange_low, cliprange_high, clip_ratio_c,
-        log_ratio_clamp, loss_agg_mode, rollout_is_weights, ref_log_prob, kl_penalty, kl_coef, entropy, entropy_coeff,
-        dp_size, batch_num_tokens, global_batch_size, loss_scale_factor, cu_seqlens,
+    p = policy.arguments(
+        "policy_loss", old_log_prob, log_prob, advantages, response_mask, variant, cliprange, cliprange_low, cliprange_high,
+        clip_ratio_c, log_ratio_clamp, importance_sampling_level, sequence_grad, loss_agg_mode, rollout_is_weights, rollout_log_prob,
+        ref_log_prob, kl_penalty, kl_coef, use_bias_correction_kl, entropy, entropy_coeff, dp_size, batch_num_tokens,
+        global_batch_size, loss_scale_factor, cu_seqlens, **options,
     )  # fmt: skip
     if check.wants_grad(p.log_prob, p.entropy):
-        args = (p.log_prob, p.entropy, *p.tensors, *p.settings, p.backend)
+        args = (p.log_prob, p.entropy, *p.tensors, *p.settings, p.plain, p.backend)
         loss, sums, maxes = _PolicyLoss.apply(*args)  # type: ignore[no-untyped-call]
     else:
         loss, sums, maxes, _, _ = _run(p, [False, False, False])
-    return PolicyLoss(loss, Metrics(sums, maxes, p.kind))
+    return PolicyLoss(loss, Metrics(sums, maxes, p.metrics))
 
 
 def policy_loss_and_grad(
-    old_log_prob: Tensor,
-    log_prob: Tensor,
-    advantages: Tensor,
-    response_mask: Tensor,
-    *,
-    cliprange: float = 0.2,
-    cliprange_low: float | None = None,
-    cliprange_high: float | None = None,
-    clip_ratio_c: float | None = 3.0,
-    log_ratio_clamp: float | None = 20.0,
-    loss_agg_mode: LossAggMode = "token-mean",
-    rollout_is_weights: Tensor | None = None,
-    ref_log_prob: Tensor | None = None,
-    kl_penalty: Kl = "low_var_kl",
-    kl_coef: float = 0.0,
-    entropy: Tensor | None = None,
-    entropy_coeff: float = 0.0,
-    dp_size: Count = 1,
-    batch_num_tokens: Count = None,
-    global_batch_size: Count = None,
-    loss_scale_factor: Count = None,
-    cu_seqlens: Tensor | None = None,
-    out: Tensor | None = None,
+    old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, response_mask: Tensor, *, out: Tensor | None = None, **settings: Any
 ) -> PolicyLossAndGrad:
     r"""`policy_loss` and its gradients at once, without autograd.
 
     For callers that have d loss / d log_prob to hand on themselves: the gradient is written once, already scaled.
 
     Args:
-        old_log_prob, log_prob, advantages, response_mask, ...: as in `policy_loss`.
+        old_log_prob, log_prob, advantages, response_mask: as in `policy_loss`.
         out: a tensor like log_prob to write d_log_prob into.
+        settings: every other argument of `policy_loss`, by name.
 
     Returns:
         PolicyLossAndGrad(loss, metrics, d_log_prob, d_entropy), detached; the gradients in the dtype of their tensors, 0 at
@@ -318,15 +232,12 @@ def policy_loss_and_grad(
     Source:
         As `policy_loss`.
     """
-    p = _policy(
-        "policy_loss_and_grad", old_log_prob, log_prob, advantages, response_mask, cliprange, cliprange_low, cliprange_high, clip_ratio_c,
-        log_ratio_clamp, loss_agg_mode, rollout_is_weights, ref_log_prob, kl_penalty, kl_coef, entropy, entropy_coeff,
-        dp_size, batch_num_tokens, global_batch_size, loss_scale_factor, cu_seqlens,
-    )  # fmt: skip
+    op = "policy_loss_and_grad"
+    p = policy.arguments(op, old_log_prob, log_prob, advantages, response_mask, **settings)
     if check.wants_grad(p.log_prob, p.entropy, *p.tensors):
         entropy, *tensors = (x if x is None else x.detach() for x in (p.entropy, *p.tensors))
         p = p._replace(log_prob=p.log_prob.detach(), entropy=entropy, tensors=tuple(tensors))
     if out is not None:
-        out = check.out_tensors("policy_loss_and_grad", out, p.log_prob, [p.log_prob.dtype], False)
+        out = check.out_tensors(op, out, p.log_prob, [p.log_prob.dtype], False)
     loss, sums, maxes, d_log_prob, d_entropy = _run(p, [True, p.entropy is not None, False], out)
-    return PolicyLossAndGrad(loss, Metrics(sums, maxes, p.kind), d_log_prob, d_entropy if p.entropy is not None else None)
+    return PolicyLossAndGrad(loss, Metrics(sums, maxes, p.metrics), d_log_prob, d_entropy if p.entropy is not None else None)

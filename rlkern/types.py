@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -12,10 +12,36 @@ Masked = Literal["skip", "reset", "zero", "turn"]
 Kl = Literal["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3", "k1+", "abs+", "low_var_kl+", "k3+", "kl+", "k2+", "mse+"]
 LossAggMode = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm", "token-sum"]
 Baseline = Literal["mean", "leave_one_out", "length_weighted"]
+Variant = Literal[
+    "ppo", "decoupled", "gspo", "gspo_token", "luspo", "rloo", "sapo", "cispo", "gpg", "reinforce", "geo_mean", "clip_cov", "kl_cov",
+    "dppo_tv", "dppo_kl", "dro", "vespo",
+]  # fmt: skip
+Level = Literal["token", "sequence", "sequence-sum"]
 EpsMode = Literal["add", "floor"]
 Singleton = Literal["raw", "zero", "nan"]
 Backend = Literal["auto", "torch", "cpp", "triton", "cuda"]
 Number = int | float
+
+
+class VariantOptions(TypedDict, total=False):
+    """The numbers that one variant of the policy loss reads, under its framework's names."""
+
+    delta: float
+    behave_cap: float
+    tau_pos: float
+    tau_neg: float
+    ratio_cap: float
+    clip_cov_ratio: float
+    clip_cov_lb: float
+    clip_cov_ub: float
+    noise: Tensor
+    kl_cov_ratio: float
+    ppo_kl_coef: float
+    dro_beta: float
+    vespo_k_pos: float
+    vespo_lambda_pos: float
+    vespo_k_neg: float
+    vespo_lambda_neg: float
 
 
 class Advantages(NamedTuple):

@@ -94,37 +94,12 @@ void policy_row(const PolicyLossArgs& a, int64_t r, A weight, const uint16_t* ke
   sums.nonfinite = sums.loss - sums.loss == 0 ? 0 : policy_nonfinite<A>(a, r);
 }
 
-void policy_results(const PolicyLossArgs& a, const RowSums* rows) {
-  const Counts counts(rows, a.rows.count);
-  const AggWeights agg(a.agg, counts.tokens, counts.sequences);
-  double sums[kPolicySums] = {}, pg = 0, kl = 0, entropy = 0, high = -__builtin_inf(), far = 0;
-  for (int64_t r = 0; r < a.rows.count; ++r) {
-    const RowSums& s = rows[r];
-    const double w = agg.row(s.tokens);
-    pg += w * s.loss, kl += w * s.kl, entropy += w * s.entropy;
-    sums[kClipped] += static_cast<double>(s.clipped), sums[kClippedLower] += static_cast<double>(s.lower);
-    sums[kNegLogRatio] += s.neg_log_ratio, sums[kNonfinite] += static_cast<double>(s.nonfinite);
-    if (s.tokens > 0) high = s.high > high ? s.high : high, far = s.far > far ? s.far : far;
-  }
-  pg *= agg.scale, kl *= agg.scale, entropy *= agg.scale;
-  sums[kTokens] = counts.tokens, sums[kSequences] = counts.sequences, sums[kPgLoss] = pg;
-  sums[kKlLoss] = a.ref_log_prob ? kl : 0, sums[kEntropyLoss] = a.entropy ? entropy : 0;
-  double total = pg;
-  if (a.ref_log_prob && a.kl_coef != 0) total += a.kl_coef * kl;
-  if (a.entropy && a.entropy_coeff != 0) total -= a.entropy_coeff * entropy;
-  put(a.loss, 0, total);
-  for (int i = 0; i < kPolicySums; ++i) put(a.sums, i, sums[i]);
-  const double most = high < a.clip.clamp ? high : a.clip.clamp;
-  put(a.maxes, kRatioMax, counts.tokens > 0 ? ::exp(most) : 0);
-  put(a.maxes, kAbsLogRatioMax, far);
-}
-
 template <class A, bool Extra, Kl E>
 void policy_all(const PolicyLossArgs& a) {
   Scratch<RowSums> sums(a.rows.count);
   sweep_rows<A>(a, sums.data,
                 [&](int64_t r, A weight, const uint16_t* kept, bool stream) { policy_row<A, Extra, E>(a, r, weight, kept, stream, sums.data[r]); });
-  policy_results(a, sums.data);
+  policy_results(a, sums.data, a.clip.clamp);
 }
 
 template <class A>

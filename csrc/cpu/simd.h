@@ -69,6 +69,11 @@ struct Ops<VF> {
   }
   static VF power_from(VF shifted) { return (VF)((Vec<uint32_t>)shifted << 23); }
   static VF magnitude(VF x) { return (VF)((VI)x & 0x7fffffff); }
+  static VF split(VF x, VF& n) {
+    const VI u = (VI)x, e = (u - 0x3f3504f3) >> 23;
+    n = __builtin_convertvector(e, VF);
+    return (VF)(u - (e << 23));
+  }
   static VF at_least(VF x, VF low) {  // the instructions give their second operand where one is NaN
 #if defined(__AVX512F__)
     return _mm512_maskz_max_ps(0xffff, low, x);  // gcc 12 warns of the plain one

@@ -80,6 +80,143 @@ RLKERN_HD auto policy_token_usual(V log_ratio, V advantage, const PolicyClip<V>&
   return UsualToken<V, Test>{-advantage * best, clipped};
 }
 
+// ---- the variants: one function each, value next to derivative; the derivative is by the log of the ratio where the loss
+// goes through it (`through_ratio`), else by log_prob --------------------------------------------------------------------
+template <class V>
+struct VariantNumbers {
+  V low, high, cap;            // of the ratio
+  V log_low, log_high;         // of a log-ratio, a probability or a divergence
+  V own[4];
+  explicit VariantNumbers(const PolicyVariantArgs& a)
+      : low(constant<V>(1 - a.clip.low)), high(constant<V>(1 + a.clip.high)), cap(constant<V>(a.clip.cap)), log_low(constant<V>(a.clip.low)),
+        log_high(constant<V>(a.clip.high)), own{constant<V>(a.own[0]), constant<V>(a.own[1]), constant<V>(a.own[2]), constant<V>(a.own[3])} {}
+};
+template <class V>
+struct VariantInput {
+  V x, ratio;  // the clamped log-ratio, of the token or of its row, and its exponential
+  V log_prob, old_log_prob, advantage;
+  V penalty;     // kl-cov: the coefficient of |x| here, or 0
+  V gain, harm;  // of the row. vespo: the weight where A >= 0, and where A < 0; geo-mean: its loss (gain alone)
+};
+template <class V, class Test>
+struct VariantToken {
+  V loss, grad;
+  Test clipped, lower;
+};
+RLKERN_HD constexpr bool through_ratio(PolicyKind k) { return k == PolicyKind::clip || k == PolicyKind::kl_cov || k == PolicyKind::sapo; }
+
+// max(-A r, -A clip(r)), where A < 0 at most -A cap; own[0] is the share of the gradient where that ties.
+template <class V>
+RLKERN_HD auto clip_token(const VariantInput<V>& t, const VariantNumbers<V>& o) {
+  const V zero = constant<V>(0), far = constant<V>(__builtin_inf()), r = t.ratio;
+  using Test = decltype(r > r);
+  const Test gain = t.advantage > zero, harm = t.advantage < zero;
+  const V best = clamped(r, harm ? o.low : -far, harm ? o.cap : (gain ? o.high : far)), loss = -t.advantage * best;
+  const Test blocked = (best < r) | (best > r), tie = (r == o.cap) & harm;
+  const V grad = blocked ? zero : (tie ? o.own[0] * loss : loss);
+  return VariantToken<V, Test>{loss, grad, ((r > o.high) & gain) | ((r < o.low) & harm), (r > o.cap) & harm};
+}
+// -A r + penalty |x|
+template <class V>
+RLKERN_HD auto kl_cov_token(const VariantInput<V>& t) {
+  const V zero = constant<V>(0), one = constant<V>(1), plain = -t.advantage * t.ratio;
+  using Test = decltype(plain > zero);
+  const V sign = t.x > zero ? one : (t.x < zero ? -one : t.x);
+  const Test none = zero > zero;
+  return VariantToken<V, Test>{fused(t.penalty, Ops<V>::magnitude(t.x), plain), fused(t.penalty, sign, plain), none, none};
+}
+// -A (4 / tau) sigmoid(tau (r - 1)), tau = own[0] where A > 0, else own[1]
+template <class V>
+RLKERN_HD auto sapo_token(const VariantInput<V>& t, const VariantNumbers<V>& o) {
+  const V zero = constant<V>(0), one = constant<V>(1), four = constant<V>(4);
+  using Test = decltype(zero > zero);
+  const V tau = t.advantage > zero ? o.own[0] : o.own[1], z = tau * (t.ratio - one);
+  const V e = exp_of(-Ops<V>::magnitude(z)), share = one / (one + e), sigmoid = z < zero ? e * share : share;
+  const V factor = -t.advantage * four;
+  const Test none = zero > zero;
+  return VariantToken<V, Test>{factor / tau * sigmoid, factor * (e * share * share) * t.ratio, none, none};
+}
+// -A log_prob, its weight detached
+template <class V, class Test>
+RLKERN_HD auto score_token(V score, V log_prob, Test clipped, Test lower) {
+  return VariantToken<V, Test>{-score * log_prob, -score, clipped, lower};
+}
+template <class V>
+RLKERN_HD auto reinforce_token(const VariantInput<V>& t) {
+  const V zero = constant<V>(0);
+  return score_token(t.advantage, t.log_prob, zero > zero, zero > zero);
+}
+template <class V>
+RLKERN_HD auto cispo_token(const VariantInput<V>& t, const VariantNumbers<V>& o) {
+  const V zero = constant<V>(0), kept = clamped(t.ratio, o.low, o.high);
+  return score_token(kept * t.advantage, t.log_prob, (kept < t.ratio) | (kept > t.ratio), zero > zero);
+}
+// Open while the policy has not moved too far in the direction that A rewards.
+template <class V, class Test>
+RLKERN_HD auto gated_token(const VariantInput<V>& t, const VariantNumbers<V>& o, Test open) {
+  const V lost = t.advantage * (t.log_prob - t.old_log_prob);  // a NaN shows, open or not
+  const V score = open ? t.advantage * Ops<V>::at_most(t.ratio, o.cap) : constant<V>(0);
+  return score_token(lost != lost ? lost : score, t.log_prob, ~open, open & (t.ratio > o.cap));
+}
+template <class V>
+RLKERN_HD auto dppo_tv_token(const VariantInput<V>& t, const VariantNumbers<V>& o) {
+  const V moved = exp_of(t.log_prob) - exp_of(t.old_log_prob);
+  const auto gain = t.advantage > constant<V>(0);
+  return gated_token(t, o, (gain & (moved <= o.log_high)) | (~gain & (moved >= -o.log_low)));
+}
+template <class V>
+RLKERN_HD auto dppo_kl_token(const VariantInput<V>& t, const VariantNumbers<V>& o) {
+  const V p = expm1_of(t.log_prob), q = expm1_of(t.old_log_prob), tiny = constant<V>(1e-8);  // less one
+  const V change = (q + constant<V>(1)) * (t.old_log_prob - t.log_prob), divergence = fused(-q, log_of((tiny - q) / (tiny - p)), change);
+  const auto gain = t.advantage > constant<V>(0);
+  const auto rises = (divergence <= o.log_high) | (p <= q), falls = (divergence <= o.log_low) | (p >= q);
+  return gated_token(t, o, (gain & rises) | (~gain & falls));
+}
+// own[0] x^2 / 2 - A log_prob
+template <class V>
+RLKERN_HD auto dro_token(const VariantInput<V>& t, const VariantNumbers<V>& o) {
+  const V zero = constant<V>(0), slope = o.own[0] * t.x;
+  using Test = decltype(zero > zero);
+  return VariantToken<V, Test>{constant<V>(0.5) * slope * t.x - t.advantage * t.log_prob, slope - t.advantage, zero > zero, zero > zero};
+}
+template <class V>
+RLKERN_HD auto vespo_token(const VariantInput<V>& t) {
+  const V zero = constant<V>(0), weight = t.advantage >= zero ? t.gain : t.harm;
+  return score_token(weight * t.advantage, t.log_prob, zero > zero, zero > zero);
+}
+// A token's part of the row's mean: x up to high where A > 0, down to low where A < 0, nothing at 0.
+template <class V>
+RLKERN_HD V geo_mean_part(V x, V advantage, const VariantNumbers<V>& o) {
+  const V zero = constant<V>(0), none = zero * (advantage + x);  // a NaN shows
+  return advantage > zero ? Ops<V>::at_most(x, o.log_high) : (advantage < zero ? Ops<V>::at_least(x, -o.log_low) : none);
+}
+template <class V>
+RLKERN_HD auto geo_mean_token(const VariantInput<V>& t, const VariantNumbers<V>& o) {
+  const V zero = constant<V>(0);
+  using Test = decltype(zero > zero);
+  const Test gain = t.advantage > zero, harm = t.advantage<zero, above = t.x> o.log_high, below = t.x < -o.log_low;
+  const Test blocked = (gain & above) | (harm & below) | (t.advantage == zero), clipped = above | below;
+  return VariantToken<V, Test>{t.gain, blocked ? zero : t.gain, clipped & gain, clipped & harm};
+}
+template <PolicyKind K, class V>
+RLKERN_HD auto variant_token(const VariantInput<V>& t, const VariantNumbers<V>& o) {
+  if constexpr (K == PolicyKind::clip) return clip_token(t, o);
+  else if constexpr (K == PolicyKind::kl_cov) return kl_cov_token(t);
+  else if constexpr (K == PolicyKind::sapo) return sapo_token(t, o);
+  else if constexpr (K == PolicyKind::reinforce) return reinforce_token(t);
+  else if constexpr (K == PolicyKind::cispo) return cispo_token(t, o);
+  else if constexpr (K == PolicyKind::dppo_tv) return dppo_tv_token(t, o);
+  else if constexpr (K == PolicyKind::dppo_kl) return dppo_kl_token(t, o);
+  else if constexpr (K == PolicyKind::dro) return dro_token(t, o);
+  else if constexpr (K == PolicyKind::vespo) return vespo_token(t);
+  else return geo_mean_token(t, o);
+}
+// phi of vespo: exp(lam + k L - lam e^L), 0 where that is infinite.
+RLKERN_HD double vespo_weight(double total, double k, double lam) {
+  const double steep = lam > 1e-4 ? lam : 1e-4, found = ::exp(steep * -::expm1(total) + k * total);
+  return found > 1.7976931348623157e308 ? 0 : found;
+}
+
 // ---- value ---------------------------------------------------------------------------------------------------------
 // l = max((v - R)^2, (clip(v, V - c, V + c) - R)^2) / 2; c infinite: half the squared error. Huber's delta: beyond an error of
 // that size e^2 / 2 goes on as its tangent.
