@@ -20,7 +20,7 @@ Range = tuple[float, float] | None
 
 
 def estimator(
-    op: str, kl_penalty: str, log_ratio_range: Range | str = "verl", value_range: Range | str = "verl"
+    op: str, kl_penalty: str, log_ratio_range: Range | str = "verl", value_range: Range | str = "verl", weighted: bool = False
 ) -> tuple[str, list[float]]:
     """The estimator's own name (k1, abs, k2, k3, with "+" if straight-through) and its clamps as four numbers.
 
@@ -37,7 +37,8 @@ def estimator(
         if not low <= high:
             raise check.fail(op, argument, "be (low, high) with low <= high, or None", given, "None means no clamp.")
         clamps += [float(low), float(high)]
-    return name + ("+" if kl_penalty.endswith("+") else ""), clamps
+    straight = kl_penalty.endswith("+") and (name != "k2" or weighted or any(map(math.isfinite, clamps)))  # else k2 itself
+    return name + ("+" if straight else ""), clamps
 
 
 # ---- raw ops --------------------------------------------------------------------------------------------------------
@@ -205,7 +206,7 @@ def kl_penalty(
     if not isinstance(log_prob, Tensor):
         raise check.fail(op, "log_prob", "be a torch.Tensor", check.describe(log_prob), "Convert it with torch.as_tensor.", TypeError)
     log_prob, ref_log_prob, old = check.tensors(op, log_prob, log_prob=log_prob, ref_log_prob=ref_log_prob, old_log_prob=old_log_prob)
-    settings = (*estimator(op, kl_penalty, log_ratio_range, value_range), _bound(op, weight_max, old))
+    settings = (*estimator(op, kl_penalty, log_ratio_range, value_range, old is not None), _bound(op, weight_max, old))
     check.detached(op, old_log_prob=old)
     grad = check.wants_grad(log_prob, ref_log_prob)
     backend = pick("_kl_penalty_fwd", log_prob)
