@@ -181,9 +181,10 @@ def policy_loss(
 
     Source:
         PPO: Schulman et al. 2017 (arXiv 1707.06347), Ye et al. 2019 (dual clip, 1912.09729), Yu et al. 2025 (clip-higher,
-        2503.14476). decoupled: Hilton et al. 2022 (2110.00641). GSPO: Zheng et al. 2025 (2507.18071). CISPO: MiniMax 2025 (2506.13585). GPG:
-        Chu et al. 2025 (2504.02546). GMPO: Zhao et al. 2025 (2507.20673). clip-cov, kl-cov: Cui et al. 2025 (2505.22617). DPPO:
-        2602.04879. verl compute_policy_loss_<variant> and agg_loss; TRL GRPOTrainer._compute_loss; OpenRLHF PolicyLoss.
+        2503.14476). decoupled: Hilton et al. 2022 (2110.00641). GSPO: Zheng et al. 2025 (2507.18071). CISPO: MiniMax 2025
+        (2506.13585). GPG: Chu et al. 2025 (2504.02546). GMPO: Zhao et al. 2025 (2507.20673). clip-cov, kl-cov: Cui et al. 2025
+        (2505.22617). DPPO: 2602.04879. verl compute_policy_loss_<variant> and agg_loss; TRL GRPOTrainer._compute_loss;
+        OpenRLHF PolicyLoss.
     """
     p = policy.arguments(
         "policy_loss", old_log_prob, log_prob, advantages, response_mask, variant, cliprange, cliprange_low, cliprange_high,

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +19,6 @@ from rlkern.kl import estimator
 from rlkern.metrics import POLICY_MAXES, POLICY_SUMS
 from rlkern.reference import policy as reference
 from rlkern.reference import policy_select
-from rlkern.types import VariantOptions
 
 _ANY = ("token", "sequence", "sequence-sum")
 _REQUIRED = math.nan
@@ -36,7 +37,7 @@ class Variant(NamedTuple):
     row_grad: bool = True  # of a ratio of the row: the gradient goes through the row, or stays with the token
     mode: str = "token-mean"
     all_rows: bool = False  # the seq modes divide by all rows, empty ones too
-    options: dict[str, float | None] = {}  # its own numbers, in the kernels' order
+    options: Mapping[str, float | None] = MappingProxyType({})  # its own numbers, in the kernels' order
 
 
 _COV = {"clip_cov_ratio": 2e-4, "clip_cov_lb": 1.0, "clip_cov_ub": 5.0}

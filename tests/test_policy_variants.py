@@ -73,9 +73,9 @@ def per_token(old, lp, a, m, variant, kept, w=None, behave=None, level=None, gra
     if variant == "clip_cov":
         return clipped(r, a, cliprange, cliprange) * ~kept
     if variant == "kl_cov":
-        return -a * r + kept * o["ppo_kl_coef"] * x.abs()
+        return -a * r + kept.to(x.dtype) * o["ppo_kl_coef"] * x.abs()
     if variant == "sapo":
-        tau = torch.where(a > 0, o.get("tau_pos", 1.0), o.get("tau_neg", 1.05))
+        tau = torch.where(a > 0, o.get("tau_pos", 1.0), o.get("tau_neg", 1.05) * torch.ones_like(a))
         return -a * 4 / tau * torch.sigmoid(tau * (r - 1))
     if variant == "cispo":
         low, high = (1 - cliprange, 1 + cliprange) if "ratio_cap" not in o else (0, o["ratio_cap"])
@@ -188,10 +188,13 @@ def trl_arguments(o):
     """TRL's options as ours: (arguments, mode, counts); 6 rows, gradient accumulation 4, 60 tokens over 2 processes."""
     kind, level = o["loss_type"], o.get("level", "token")
     tokens, rows = int((INPUTS["mask"] != 0).sum()), 6 * 4
-    mode, counts = {
-        "bnpo": ("token-mean", {"batch_num_tokens": tokens * 4}), "dr_grpo": ("token-mean", {"batch_num_tokens": 6 * 10 * 4}),
-        "luspo": ("seq-mean-token-sum", {"global_batch_size": rows}),
-    }.get(kind, ("seq-mean-token-mean", {"global_batch_size": rows}) if kind in ("grpo", "sapo") else ("token-mean", {"batch_num_tokens": 30}))  # fmt: skip
+    mode, counts = "token-mean", {"batch_num_tokens": 30}  # dapo, cispo, vespo
+    if kind in ("grpo", "sapo"):
+        mode, counts = "seq-mean-token-mean", {"global_batch_size": rows}
+    elif kind == "luspo":
+        mode, counts = "seq-mean-token-sum", {"global_batch_size": rows}
+    elif kind in ("bnpo", "dr_grpo"):
+        counts = {"batch_num_tokens": tokens * 4 if kind == "bnpo" else 6 * 10 * 4}
     ours = {"variant": kind if kind in ("sapo", "cispo", "vespo") else "ppo", "loss_agg_mode": mode, **counts}
     if kind != "vespo":
         ours |= {"importance_sampling_level": level, "log_ratio_clamp": None}
@@ -200,7 +203,12 @@ def trl_arguments(o):
     if kind == "cispo":
         ours["ratio_cap"] = o["epsh"]
     if "beta" in o:
-        ours |= {"ref_log_prob": INPUTS["ref_log_prob"], "kl_coef": o["beta"], "kl_penalty": "k3", "use_bias_correction_kl": bool(o.get("bias"))}
+        ours |= {
+            "ref_log_prob": INPUTS["ref_log_prob"],
+            "kl_coef": o["beta"],
+            "kl_penalty": "k3",
+            "use_bias_correction_kl": bool(o.get("bias")),
+        }
     return ours
 
 
@@ -214,11 +222,15 @@ def trl_case(key):
             gap = ((INPUTS["old_log_probs"] - 0.05 - INPUTS["log_prob"]) * mask).sum(-1) / mask.sum(-1)
             weights = ((A >= 0) | (gap <= o["opsm"])).float()
         if "q" in o:
-            entropy = torch.tensor(GOLDEN["trl_1.16.0"]["entropy_input"])
+            entropy = 0.5 * INPUTS["log_prob"].abs() + 0.1  # as the recording has it
             weights = (entropy * mask >= torch.quantile(entropy[mask != 0], 1 - o["q"])).float()
         return o, weights, A
     kind = key.partition(",")[0]
-    return {"loss_type": kind}, w[:, 0] if "sequence" in key else None if "advantages" in key else w, INPUTS["advantages"] if "(B,T)" in key else A
+    return (
+        {"loss_type": kind},
+        w[:, 0] if "sequence" in key else None if "advantages" in key else w,
+        INPUTS["advantages"] if "(B,T)" in key else A,
+    )
 
 
 @pytest.mark.parametrize("key", GOLDEN["trl_1.16.0"]["cases"])
@@ -244,7 +256,7 @@ def test_policy_variant_known_values_of_openrlhf(backend, key):
     o, given, mask = json.loads(options), json.loads(counts), INPUTS["mask"].clone()
     mask[4][0] = 1
     token = o.get("token_level_loss", True) and "policy_loss_type" not in o
-    ours = {"loss_agg_mode": "token-mean" if token else "seq-mean-token-mean", **given}
+    ours = {"loss_agg_mode": "token-mean" if token else "seq-mean-token-mean", **VERL, **given}
     if "policy_loss_type" in o:
         ours |= {"variant": "gspo", "sequence_grad": "row", "log_ratio_clamp": None}
     else:
@@ -280,7 +292,15 @@ def test_policy_variant_grad_matches_reference(backend, case):
     wide = [x.double() for x in (old, lp, a)]
     extra = {"ref_log_prob": old, "kl_coef": 0.1, "entropy": lp.abs(), "entropy_coeff": 0.01}
     found = call(case, old, lp, a, m, w, behave, noise, **extra)
-    exact = call(case, *wide, m, w.double(), behave.double(), noise.double(), **{k: v.double() if isinstance(v, torch.Tensor) else v for k, v in extra.items()})
+    exact = call(
+        case,
+        *wide,
+        m,
+        w.double(),
+        behave.double(),
+        noise.double(),
+        **{k: v.double() if isinstance(v, torch.Tensor) else v for k, v in extra.items()},
+    )
     leaf, entropy = lp.clone().requires_grad_(), extra["entropy"].clone().requires_grad_()
     loss, _ = call(case, old, leaf, a, m, w, behave, noise, fn=rlkern.policy_loss, **{**extra, "entropy": entropy})
     loss.backward()
@@ -293,7 +313,11 @@ def test_policy_variant_grad_matches_reference(backend, case):
 @pytest.mark.parametrize("case", CASES)
 def test_policy_variant_gradcheck(backend, case):
     old, lp, a, m, w, behave, noise = batch(3, 9, torch.float64, spread=0.1)
-    if "cov" in case or case in ("dppo_tv", "dppo_kl", "cispo", "cispo capped", "cispo sequence", "vespo", "gspo", "gspo_token") or "own" in case:
+    if (
+        "cov" in case
+        or case in ("dppo_tv", "dppo_kl", "cispo", "cispo capped", "cispo sequence", "vespo", "gspo", "gspo_token")
+        or "own" in case
+    ):
         pytest.skip("a detached factor: autograd's numbers are not those of a difference quotient; matches_reference has them")
     extra = {"ref_log_prob": old - 0.1, "kl_coef": 0.1, "use_bias_correction_kl": True}
 

@@ -95,7 +95,7 @@ int64_t choose_between(const PolicySelectArgs& a, const Selection<A>& s, uint8_t
       m &= s.where(s.covariance(x, y), [&](VD c) RLKERN_INLINE { return (c > above) & (c < below); });
       if (!m) return;
       const V ratio = exp_of(y - old);
-      m &= ~lanes_of(((ratio > high) & (x > zero)) | ((ratio < low) & (x < zero)));
+      m &= lanes_of(ratio == ratio) & ~lanes_of(((ratio > high) & (x > zero)) | ((ratio < low) & (x < zero)));  // a NaN stays in the loss
       store_bits(row + i, m, n);
       found += __builtin_popcount(m);
     });

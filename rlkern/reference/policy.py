@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlkern.reference.kl import kl_grad, kl_smooth, kl_value, wide
-from rlkern.reference.loss import agg_weights, dtype_of_grad, row_ids, row_sums, scattered, select, spread
+from rlkern.reference.loss import agg_weights, row_ids, row_sums, scattered, select, spread
 
 
 class Operands(NamedTuple):
@@ -50,7 +50,8 @@ class Terms(NamedTuple):
 
 # ---- one variant each: x is the log-ratio, of the token or of its row; n = (low, high, cap, clamp, and its own numbers) ----
 def clip(x: Tensor, o: Operands, n: Sequence[float]) -> Terms:
-    """max(-A r, -A clip(r)), where A < 0 at most -A cap; n[4] is the share of the gradient where that ties; n[5] the most that a behaviour weight may be."""
+    """max(-A r, -A clip(r)), where A < 0 at most -A cap; n[4] is the share of the gradient where that ties, n[5] the most that a
+    behaviour weight may be."""
     low, high, cap = n[:3]
     a, ratio = o.advantages, x.exp().to(o.dtype)
     plain, other = -a * ratio, -a * ratio.clamp(1 - low, 1 + high)
@@ -77,7 +78,7 @@ def kl_cov(x: Tensor, o: Operands, n: Sequence[float]) -> Terms:
 def sapo(x: Tensor, o: Operands, n: Sequence[float]) -> Terms:
     """-A (4 / tau) sigmoid(tau (r - 1)), tau by the sign of A."""
     ratio = x.exp().to(o.dtype)
-    tau = torch.where(o.advantages > 0, n[4], n[5]).to(o.dtype)
+    tau = torch.where(o.advantages > 0, torch.full_like(ratio, n[4]), torch.full_like(ratio, n[5]))
     z = tau * (ratio - 1)
     slope = z.sigmoid() * (-z).sigmoid()
     return Terms(-o.advantages * (4 / tau) * z.sigmoid(), -o.advantages * 4 * (slope * ratio), *_none(o))
@@ -184,9 +185,9 @@ def operands(log_prob: Tensor, entropy: Tensor | None, others: Sequence[Any], ki
         found = torch.where(found > behave_cap, torch.zeros_like(found), found)
         w = found if w is None else w * found
     w = w if w is None else torch.where(valid, w.to(dtype), torch.ones((), dtype=dtype, device=w.device))
-    rest = [None if x is None else select(valid, x, dtype) for x in (ref, entropy)]
+    ref, entropy = (None if x is None else select(valid, x, dtype) for x in (ref, entropy))
     chosen = None if selected is None else (selected != 0) & valid
-    return Operands(ids, cu, valid, row_sums(valid, ids, cu), dtype, lp, lp - old_lp, a, w, *rest, chosen, everywhere)
+    return Operands(ids, cu, valid, row_sums(valid, ids, cu), dtype, lp, lp - old_lp, a, w, ref, entropy, chosen, everywhere)
 
 
 class Evaluated(NamedTuple):
@@ -212,7 +213,8 @@ def ratio_of(o: Operands, level: str, row_grad: bool, clamp: float) -> tuple[Ten
     return x if row_grad else raw - raw.detach() + x.detach(), s > clamp, raw
 
 
-def evaluate(o: Operands, kind: str, level: str, row_grad: bool, by_ratio: bool, clip: Sequence[float], kl: str, kl_range: list[float]) -> Evaluated:
+def evaluate(o: Operands, kind: str, level: str, flags: list[bool], clip: Sequence[float], kl: str, kl_range: list[float]) -> Evaluated:
+    row_grad, by_ratio = flags
     x, blocked, own = ratio_of(o, level, row_grad, clip[3])
     t = KINDS[kind](x, o, clip)
     through = kind in THROUGH_RATIO
@@ -261,7 +263,7 @@ def policy_variant(
     the KL term is multiplied by the ratio."""
     others = (old_log_prob, advantages, advantages_row, mask, weights, weights_row, ref_log_prob, selected, behave, counts, cu_seqlens)
     o = operands(log_prob, entropy, others, kind, clip[5])
-    e = evaluate(o, kind, level, *flags, clip, kl, kl_range)
+    e = evaluate(o, kind, level, flags, clip, kl, kl_range)
     row_weight, scale = agg_weights(mode, o.n, numbers, counts)
 
     def aggregated(x: Tensor) -> Tensor:
@@ -289,8 +291,8 @@ def policy_variant(
 def policy_loss(old_log_prob: Tensor, log_prob: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The raw op `_policy_loss_fwd`: the clipped loss of the token's own ratio."""
     *tensors, counts, cu_seqlens, clip, mode, numbers, kl, kl_range, coefs, loss_dtype, needs = rest
-    choice = (None, None, counts, cu_seqlens, "clip", "token", [False, False], [*clip, 0.5, torch.inf])
-    return policy_variant(old_log_prob, log_prob, *tensors, *choice, mode, numbers, kl, kl_range, coefs, loss_dtype, needs)
+    choice: tuple[Any, ...] = (None, None, counts, cu_seqlens, "clip", "token", [False, False], [*clip, 0.5, torch.inf])
+    return policy_variant(*(old_log_prob, log_prob, *tensors, *choice, mode, numbers, kl, kl_range, coefs, loss_dtype, needs))
 
 
 def _gradient(o: Operands, e: Evaluated, kind: str, level: str, row_grad: bool, kl_coef: float, weight: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ def policy_select(
         above, below, low, high = numbers
         ratio = torch.where(valid, log_prob.to(dtype) - old_log_prob.to(dtype), 0.0).exp()
         clipped = ((ratio > 1 + high) & (a > 0)) | ((ratio < 1 - low) & (a < 0))
-        chosen = valid & ~clipped & (cov > above) & (cov < below)
+        chosen = valid & ~clipped & ~ratio.isnan() & (cov > above) & (cov < below)  # a NaN stays in the loss
     else:
         most = torch.where(n > 0, (n * numbers[0]).floor().clamp(min=1), n)
         order = torch.where(valid, cov, -torch.inf).flatten().argsort(descending=True, stable=True)
