@@ -130,6 +130,7 @@ def test_nan_weight_of_kl():
     w = (lp - old).exp().nan_to_num(0.0)
     assert w * (ref - lp).expm1() == 0
     assert rlkern.kl_penalty(lp, ref, "k3", old_log_prob=old).isnan()
+    assert rlkern.kl_penalty(lp, ref, "k3", old_log_prob=old.nan_to_num(nan=INF)) == 0
 
 
 # ---- losses -------------------------------------------------------------------------------------------------------------
