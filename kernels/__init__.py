@@ -21,6 +21,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "group": ("_group_mean_std_fwd", "_group_mean_std_bwd", "_group_normalize_fwd", "_group_normalize_bwd"),
     "group_advantage": ("_group_advantage_fwd",),
     "loss": ("_policy_loss_fwd", "_scale_fwd"),
+    "policy": ("_policy_variant_fwd",),
+    "policy_select": ("_policy_select_fwd",),
     "value_loss": ("_value_loss_fwd",),
 }
 _FAMILY_OF = {op: family for family, ops in FAMILIES.items() for op in ops}

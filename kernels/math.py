@@ -144,3 +144,26 @@ def exp_minus_1_minus(x):
         linear = tl.fma(tl.where(x > 89.0, 89.0, x), -0.5, power - 0.5)
         half = tl.fma(power, square * p, tl.fma(power, r, linear))
         return half + half
+
+
+# ---- log ------------------------------------------------------------------------------------------------------------
+@triton.jit
+def log_of(x):
+    """-infinity at 0, NaN below. A subnormal number is scaled first."""
+    if x.dtype == tl.float64:
+        return tl.log(x)
+    else:
+        tiny = x < 1.17549435e-38
+        bits = tl.where(tiny, x * 8388608.0, x).to(tl.int32, bitcast=True)
+        e = (bits - 0x3F3504F3) >> 23  # m in [sqrt(1/2), sqrt(2))
+        n = tl.where(tiny, e.to(tl.float32) - 23.0, e.to(tl.float32))
+        f = (bits - (e << 23)).to(tl.float32, bitcast=True) - 1.0
+        square = f * f
+        p01, p23 = tl.fma(f, -0.25000838, 0.333333312), tl.fma(f, -0.166227649, 0.200012927)
+        p45, p67 = tl.fma(f, -0.131641864, 0.141996959), tl.fma(f, -0.0764610149, 0.127791136)
+        p = tl.fma(tl.fma(p67, square, p45), square * square, tl.fma(p23, square, p01))
+        tail = tl.fma(f * square, p, -0.5 * square)
+        tail = tl.fma(n, -2.12194440e-4, tail)
+        found = tl.fma(n, 0.693359375, f + tail)
+        special = tl.where(x == 0, float("-inf"), tl.where(x == float("inf"), x, float("nan")))
+        return tl.where((x > 0) & (x < float("inf")), found, special)

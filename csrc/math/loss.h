@@ -123,7 +123,8 @@ RLKERN_HD auto kl_cov_token(const VariantInput<V>& t) {
   using Test = decltype(plain > zero);
   const V sign = t.x > zero ? one : (t.x < zero ? -one : t.x);
   const Test none = zero > zero;
-  return VariantToken<V, Test>{fused(t.penalty, Ops<V>::magnitude(t.x), plain), fused(t.penalty, sign, plain), none, none};
+  const Test there = t.penalty != zero;  // elsewhere an infinite x must not meet a 0
+  return VariantToken<V, Test>{there ? fused(t.penalty, Ops<V>::magnitude(t.x), plain) : plain, there ? fused(t.penalty, sign, plain) : plain, none, none};
 }
 // -A (4 / tau) sigmoid(tau (r - 1)), tau = own[0] where A > 0, else own[1]
 template <class V>

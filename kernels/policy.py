@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The variants of the policy loss. Where the ratio or a weight is the row's, a first kernel sums what they need; where the
+gradient goes through the row, a last one spreads it."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rlkern.kernels import aggregation, launch, math
+from rlkern.kernels.aggregation import CHUNKS, Chunked, in_lanes, leave, none, valid_tokens
+from rlkern.kernels.kl import bounds, kl_grad, kl_value, options
+from rlkern.kernels.launch import SWEEP, Plan, Variant, variants
+from rlkern.kernels.loss import LAYOUT, largest, leave_policy, operand, policy_results_kernel, value_of_row
+from rlkern.kernels.policy_math import LOG_TINY, geo_mean_part, variant_token, vespo_weight
+
+VARIANTS: list[Variant] = []
+STATS = tl.constexpr(4)  # of a row: valid tokens, log-ratios, advantages, logs of weights
+OF_ROWS = ("vespo", "geo_mean")
+
+
+# ---- the row's own numbers ----------------------------------------------------------------------------------------------
+@launch.kernel
+def policy_rows_kernel(
+    log_prob, old_log_prob, advantages, mask, weights,
+    log_prob_stride: tl.int64, old_log_prob_stride: tl.int64, advantages_stride: tl.int64, mask_stride: tl.int64, weights_stride: tl.int64,
+    T: tl.int64, cu_seqlens, chunks: tl.int32, parts, log_low: tl.float64, log_high: tl.float64,
+    KIND: tl.constexpr, A: tl.constexpr, INNER: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, start, T, first, end = aggregation.chunk_of(T, cu_seqlens, chunks, ALIGNED, BLOCK)
+    none_, low, high = math.constant(0, A), math.constant(log_low, A), math.constant(log_high, A)
+    c = (none_, none_, none_, none_, low, high)
+    row_advantage = value_of_row(advantages, advantages_stride, row, first < end, INNER[2], A, BLOCK)
+    row_w = value_of_row(weights, weights_stride, row, first < end, INNER[4], A, BLOCK)
+    found, xs, gains, logs = none(tl.int32), none(tl.float64), none(tl.float64), none(tl.float64)
+    if KIND == "vespo" and weights is not None and INNER[4] == 0:  # one weight a row counts once
+        once = (first < end) & (tl.program_id(0) % chunks == 0)
+        of_row = math.clamped(math.log_of(tl.max(row_w, 0).to(tl.float64)), LOG_TINY, 20.0)
+        logs += tl.where((tl.arange(0, logs.shape[0]) == 0) & once, of_row, 0.0)
+    while first < end:
+        inside = launch.within(first, T, ALIGNED, BLOCK)
+        valid = valid_tokens(mask, mask_stride, start, first, inside, INNER[3], ALIGNED)
+        lp = launch.load(log_prob, log_prob_stride, start, first, inside, INNER[0], ALIGNED).to(A)
+        raw = tl.where(valid, lp - launch.load(old_log_prob, old_log_prob_stride, start, first, inside, INNER[1], ALIGNED).to(A), 0.0)
+        if KIND == "vespo":
+            raw = math.clamped(raw, -20.0, 20.0)
+            if weights is not None and INNER[4] == 1:  # masked tokens too
+                w = launch.load(weights, weights_stride, start, first, inside, INNER[4], ALIGNED).to(A)
+                logs += in_lanes(tl.where(inside, math.clamped(math.log_of(w), LOG_TINY, 20.0), 0.0), ALIGNED)
+        if KIND == "geo_mean":
+            a = tl.where(valid, operand(advantages, row_advantage, advantages_stride, start, first, inside, INNER[2], ALIGNED, A), 0.0)
+            raw = tl.where(valid, geo_mean_part(raw, a, c), 0.0)
+            gains += in_lanes(a, ALIGNED)
+            if weights is not None:
+                w = operand(weights, row_w, weights_stride, start, first, inside, INNER[4], ALIGNED, A)
+                logs += in_lanes(tl.where(valid, math.log_of(w + 1e-10), 0.0), ALIGNED)
+        found, xs = found + in_lanes(valid, ALIGNED), xs + in_lanes(raw, ALIGNED)
+        first += BLOCK
+    leave(parts, 0, tl.sum(found, 0))
+    leave(parts, 1, tl.sum(xs, 0))
+    leave(parts, 2, tl.sum(gains, 0))
+    leave(parts, 3, tl.sum(logs, 0))
+
+
+@triton.jit
+def total_of_row(parts, FIELD: tl.constexpr, row, chunks):
+    chunk = tl.arange(0, CHUNKS)
+    columns = parts + (FIELD * tl.num_programs(0).to(tl.int64) + row * chunks) + chunk
+    return tl.sum(tl.load(columns, mask=chunk < chunks, other=0), 0)
+
+
+@triton.jit
+def row_numbers(parts, row, chunks, clamp, o0, o1, o2, o3, KIND: tl.constexpr, LEVEL: tl.constexpr):
+    """(valid tokens, the log of the ratio, 1 where its clamp blocks it, the weights of vespo or the loss of geo-mean)."""
+    n = total_of_row(parts, 0, row, chunks)
+    x = total_of_row(parts, 1, row, chunks)
+    count = tl.where(n > 0, n, 1.0)
+    blocked, gain, harm = x - x, x - x, x - x
+    if KIND == "vespo":
+        x = math.clamped(x + total_of_row(parts, 3, row, chunks), LOG_TINY, 20.0)
+        gain = vespo_weight(x, math.constant(o0, tl.float64), math.constant(o1, tl.float64))
+        harm = vespo_weight(x, math.constant(o2, tl.float64), math.constant(o3, tl.float64))
+    elif KIND == "geo_mean":
+        gain = math.exp_of(x / count) * math.exp_of(total_of_row(parts, 3, row, chunks) / count)
+        gain = -total_of_row(parts, 2, row, chunks) / count * gain
+    else:
+        if LEVEL == "sequence":
+            x = x / count
+        limit = math.constant(clamp, tl.float64)
+        blocked = tl.where(x > limit, 1.0, 0.0)
+        x = tl.where(x > limit, limit, x)
+    return count, x, blocked, gain, harm
+
+
+# ---- a block of tokens --------------------------------------------------------------------------------------------------
+@triton.jit
+def step(lp, old, a, w, behave, ref, marked, of_row, c, kl_coef, kl_range, KIND: tl.constexpr, LEVEL: tl.constexpr, BY_RATIO: tl.constexpr,
+         KL: tl.constexpr, BOUNDED: tl.constexpr, STRAIGHT: tl.constexpr, KL_GRAD: tl.constexpr):  # fmt: skip
+    """loss, its derivative by log_prob and by the log of the ratio, KL, log-ratio, what the metrics report of it, clipped, lower."""
+    THROUGH: tl.constexpr = KIND == "clip" or KIND == "kl_cov" or KIND == "sapo"
+    raw = lp - old
+    x = math.clamped(raw, 0.0 - c[3], c[3])
+    blocked, level, own_x = (x < raw) | (x > raw), x, x
+    if LEVEL != "token":
+        nothing = tl.zeros_like(raw)
+        level, own_x, r, blocked = nothing + of_row[0], raw, nothing + of_row[1], nothing + of_row[2] != 0
+    else:
+        r = math.exp_of(x)
+    penalty = tl.zeros_like(lp)
+    if KIND == "kl_cov":
+        own_x = 0.0 - tl.abs(raw)
+        if marked is not None:
+            penalty = tl.where(marked, c[6], 0.0)
+    loss, grad, clipped, lower = variant_token(level, r, lp, old, a, penalty, of_row[3], of_row[4], c, KIND)
+    if THROUGH:
+        grad = tl.where(blocked, 0.0, grad)
+    if KIND == "clip" and marked is not None:  # clip-cov: these tokens leave the loss
+        loss, grad, clipped = tl.where(marked, 0.0, loss), tl.where(marked, 0.0, grad), marked
+    if w is not None:
+        loss, grad = loss * w, grad * w
+    if behave is not None:
+        b = math.exp_of(old - behave)
+        b = tl.where(b > c[7], 0.0, b)
+        loss, grad = loss * b, grad * b
+    own, through, kl = grad, tl.zeros_like(grad), tl.zeros_like(grad)
+    if THROUGH:
+        own, through = tl.zeros_like(grad), grad
+    if KL != "none":
+        kl = kl_value(lp, ref, kl_range[0], kl_range[1], kl_range[2], kl_range[3], KL, BOUNDED)
+        if BY_RATIO:
+            kl = kl * r
+    if KL_GRAD:
+        slope = kl_grad(lp, ref, kl_range[0], kl_range[1], kl_range[2], kl_range[3], KL, BOUNDED, STRAIGHT)
+        if BY_RATIO:
+            slope = slope * r
+            through += tl.where(blocked, 0.0, kl_coef * kl)
+        own += kl_coef * slope
+    return loss, own, through, kl, raw, own_x, clipped, lower
+
+
+@launch.kernel
+def policy_variant_fwd_kernel(
+    log_prob, old_log_prob, advantages, mask, weights, ref_log_prob, entropy, selected, behave, d_log_prob, d_entropy,
+    log_prob_stride: tl.int64, old_log_prob_stride: tl.int64, advantages_stride: tl.int64, mask_stride: tl.int64,
+    weights_stride: tl.int64, ref_log_prob_stride: tl.int64, entropy_stride: tl.int64, selected_stride: tl.int64, behave_stride: tl.int64,
+    d_log_prob_stride: tl.int64, d_entropy_stride: tl.int64, T: tl.int64, cu_seqlens, chunks: tl.int32, parts,
+    row_counts, local, counts, dp_size: tl.float64, tokens: tl.float64, sequences: tl.float64, norm: tl.float64,
+    stats, shared, low: tl.float64, high: tl.float64, cap: tl.float64, clamp: tl.float64, log_low: tl.float64, log_high: tl.float64,
+    o0: tl.float64, o1: tl.float64, o2: tl.float64, o3: tl.float64, kl_coef: tl.float64, entropy_coeff: tl.float64,
+    ratio_low: tl.float64, ratio_high: tl.float64, value_low: tl.float64, value_high: tl.float64, SPREAD: tl.constexpr,
+    MODE: tl.constexpr, FROM: tl.constexpr, KIND: tl.constexpr, LEVEL: tl.constexpr, BY_RATIO: tl.constexpr, KL: tl.constexpr, BOUNDED: tl.constexpr,
+    STRAIGHT: tl.constexpr, KL_GRAD: tl.constexpr, A: tl.constexpr, INNER: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Without `shared`: everything. With it, first (SPREAD False) all but d_log_prob, leaving there each chunk's share of what
+    goes through the row's ratio; then (SPREAD) d_log_prob alone."""
+    row, start, T, first, end = aggregation.chunk_of(T, cu_seqlens, chunks, ALIGNED, BLOCK)
+    low, high, cap, clamp_ = bounds(low, high, cap, clamp, A)
+    log_low, log_high, own0, own1 = bounds(log_low, log_high, o0, o1, A)
+    c = (low, high, cap, clamp_, log_low, log_high, own0, own1)
+    kl_range = bounds(ratio_low, ratio_high, value_low, value_high, A)
+    coef = math.constant(kl_coef, A)
+    of_row, count = (coef, coef, coef, coef, coef), 1.0
+    if stats is not None:
+        count, of_x, of_blocked, gain, harm = row_numbers(stats, row, chunks, clamp, o0, o1, o2, o3, KIND, LEVEL)
+        of_row = (of_x.to(A), math.exp_of(of_x).to(A), of_blocked.to(A), gain.to(A), harm.to(A))
+    if d_log_prob is not None or d_entropy is not None:
+        wide = aggregation.grad_weight(row, chunks, row_counts, local, counts, dp_size, tokens, sequences, norm, MODE, FROM)
+        g = wide.to(A)
+        d_bonus = (math.constant(0 - entropy_coeff, tl.float64) * g).to(A)
+    if SPREAD:
+        part = total_of_row(shared, 0, row, chunks) * wide
+        if LEVEL == "sequence":
+            part = part / count
+        part = part.to(A)
+    row_advantage = value_of_row(advantages, advantages_stride, row, first < end, INNER[2], A, BLOCK)
+    row_w = value_of_row(weights, weights_stride, row, first < end, INNER[4], A, BLOCK)
+    found, clips, lowers, bads = none(tl.int32), none(tl.int32), none(tl.int32), none(tl.int32)
+    xs, losses, kls, bonuses, throughs = none(tl.float64), none(tl.float64), none(tl.float64), none(tl.float64), none(tl.float64)
+    far, most = none(A), none(A) - float("inf")
+    while first < end:
+        inside = launch.within(first, T, ALIGNED, BLOCK)
+        valid = valid_tokens(mask, mask_stride, start, first, inside, INNER[3], ALIGNED)
+        lp = tl.where(valid, launch.load(log_prob, log_prob_stride, start, first, inside, INNER[0], ALIGNED).to(A), 0.0)
+        old = tl.where(valid, launch.load(old_log_prob, old_log_prob_stride, start, first, inside, INNER[1], ALIGNED).to(A), 0.0)
+        a = tl.where(valid, operand(advantages, row_advantage, advantages_stride, start, first, inside, INNER[2], ALIGNED, A), 0.0)
+        w, b, ref, marked = None, None, None, None
+        if weights is not None and KIND != "vespo" and KIND != "geo_mean":
+            w = operand(weights, row_w, weights_stride, start, first, inside, INNER[4], ALIGNED, A)
+        if KL != "none":
+            ref = launch.load(ref_log_prob, ref_log_prob_stride, start, first, inside, INNER[5], ALIGNED).to(A)
+        if selected is not None:
+            marked = valid & (launch.load(selected, selected_stride, start, first, inside, INNER[7], ALIGNED) != 0)
+        if behave is not None:
+            b = launch.load(behave, behave_stride, start, first, inside, INNER[8], ALIGNED).to(A)
+        loss, own, through, kl, raw, x, clipped, lower = step(
+            lp, old, a, w, b, ref, marked, of_row, c, coef, kl_range, KIND, LEVEL, BY_RATIO, KL, BOUNDED, STRAIGHT, KL_GRAD
+        )
+        if SPREAD:
+            launch.store(d_log_prob, d_log_prob_stride, start, first, tl.where(valid, part + own * g, 0.0), inside, ALIGNED)
+        else:
+            if shared is not None:
+                throughs += in_lanes(tl.where(valid, through, 0.0), ALIGNED)
+            elif d_log_prob is not None:
+                launch.store(d_log_prob, d_log_prob_stride, start, first, tl.where(valid, (own + through) * g, 0.0), inside, ALIGNED)
+            if d_entropy is not None:
+                launch.store(d_entropy, d_entropy_stride, start, first, tl.where(valid, d_bonus, 0.0), inside, ALIGNED)
+            if entropy is not None:
+                bonus = launch.load(entropy, entropy_stride, start, first, inside, INNER[6], ALIGNED)
+                bonuses += in_lanes(tl.where(valid, bonus, 0.0), ALIGNED)
+            loss = tl.where(valid, loss, 0.0)
+            found, clips, lowers = found + in_lanes(valid, ALIGNED), clips + in_lanes(clipped & valid, ALIGNED), lowers + in_lanes(lower & valid, ALIGNED)
+            bads, losses = bads + in_lanes(loss - loss != 0, ALIGNED), losses + in_lanes(loss, ALIGNED)
+            xs, kls = xs + in_lanes(tl.where(valid, x, 0.0), ALIGNED), kls + in_lanes(tl.where(valid, kl, 0.0), ALIGNED)
+            far, most = largest(far, most, tl.where(valid, raw, 0.0), valid, ALIGNED)
+        first += BLOCK
+    if not SPREAD:
+        leave_policy(parts, found, clips, lowers, xs, losses, kls, bonuses, bads, most, far)
+        if shared is not None:
+            leave(shared, 0, tl.sum(throughs, 0))
+
+
+# ---- plans ----------------------------------------------------------------------------------------------------------
+_TYPES = {"mask": "i64", "parts": "fp64", "stats": "fp64", "shared": "fp64", "row_counts": "fp64", "local": "fp64"}
+_LEFT = ("parts",) * 10
+_CHOICE = {
+    "MODE": "token-mean", "FROM": (0, 0, 0, 0), "LEVEL": "token", "BY_RATIO": False, "KL": "none", "BOUNDED": True, "STRAIGHT": False,
+    "KL_GRAD": False, "SPREAD": False,
+}  # fmt: skip
+_PLAN = Plan(("log_prob", "old_log_prob", "advantages", "mask"), ("d_log_prob",), (96, 112), (), _LEFT)
+for _kind in ("clip", "sapo", "cispo", "dppo_kl", "dro"):
+    VARIANTS += variants(policy_variant_fwd_kernel, SWEEP, _PLAN, {**_CHOICE, "KIND": _kind}, **_TYPES)
+_PLAN = Plan(("log_prob", "old_log_prob", "advantages", "mask"), (), (96, 112), ("stats",) * 2, (*_LEFT, "shared"))
+_ROW = {**_CHOICE, "KIND": "clip", "LEVEL": "sequence"}
+VARIANTS += variants(policy_variant_fwd_kernel, SWEEP, _PLAN, _ROW, **_TYPES)
+_PLAN = Plan(("log_prob", "old_log_prob", "mask"), (), (64, 72), (), ("parts",) * 4)
+VARIANTS += variants(policy_rows_kernel, SWEEP, _PLAN, {"KIND": "clip"}, mask="i64", parts="fp64")
+
+
+# ---- launchers ------------------------------------------------------------------------------------------------------
+def policy_variant_fwd(
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor | None,
+    advantages_row: Tensor | None,
+    mask: Tensor,
+    weights: Tensor | None,
+    weights_row: Tensor | None,
+    ref_log_prob: Tensor | None,
+    entropy: Tensor | None,
+    selected: Tensor | None,
+    behave: Tensor | None,
+    counts: Tensor | None,
+    cu_seqlens: Tensor | None,
+    kind: str,
+    level: str,
+    flags: list[bool],
+    clip: list[float],
+    mode: str,
+    numbers: list[float],
+    kl: str,
+    kl_range: list[float],
+    coefs: list[float],
+    loss_dtype: torch.dtype,
+    needs: list[bool],
+    loss: Tensor,
+    sums: Tensor,
+    maxes: Tensor,
+    d_log_prob: Tensor | None,
+    d_entropy: Tensor | None,
+) -> None:
+    of_rows = {i: x for i, x in ((2, advantages_row), (4, weights_row)) if x is not None}
+    tokens = (log_prob, old_log_prob, advantages, mask, weights, ref_log_prob, entropy, selected, behave, d_log_prob, d_entropy)
+    at = aggregation.chunked(tokens, cu_seqlens, of_rows)
+    tensors = [of_rows.get(i, x) for i, x in enumerate(tokens)]
+    agg = aggregation.aggregation(mode, numbers, counts)
+    low, high, cap, clamp, *own = clip
+    A = launch.arithmetic(*tokens[:3], advantages_row, *tokens[4:7], weights_row, behave)
+    stats = shared = row_counts = local = None
+    if level != "token" or kind in OF_ROWS:
+        rows = at._replace(rows=at.rows._replace(strides=at.rows.strides[:5], inner=at.rows.inner[:5]))
+        stats = aggregation.over_chunks(policy_rows_kernel, SWEEP, rows, tensors[:5], STATS.value, low, high, KIND=kind, A=A)
+    if (d_log_prob is not None or d_entropy is not None) and agg.counts_first():
+        row_counts, local = aggregation.count_first(at, agg, 3, mask)
+    by_ratio = flags[1] and ref_log_prob is not None
+    through = kind in ("clip", "kl_cov", "sapo") or by_ratio
+    if level != "token" and flags[0] and through and d_log_prob is not None:
+        shared = torch.empty((1, at.rows.B * at.chunks), dtype=torch.float64, device=log_prob.device)
+    terms: dict[str, Any] = {"KL": "none", "BOUNDED": False, "STRAIGHT": False, "KL_GRAD": False}
+    if ref_log_prob is not None:
+        terms = {**options(kl, kl_range), "STRAIGHT": kl.endswith("+"), "KL_GRAD": coefs[0] != 0}
+    rest = (row_counts, local, *agg.rest, stats, shared, 1 - low, 1 + high, cap, clamp, low, high, *own, *coefs, *kl_range)
+    choice = {**agg.choice, **terms, "KIND": kind, "LEVEL": level, "BY_RATIO": by_ratio, "A": A}
+    parts = aggregation.over_chunks(policy_variant_fwd_kernel, SWEEP, at, tensors, LAYOUT[0], *rest, **choice, SPREAD=False)
+    if shared is not None:
+        _spread(at, tensors, rest, choice)
+    given: dict[str, Any] = {"HAS_KL": ref_log_prob is not None, "HAS_ENTROPY": entropy is not None}
+    limit = clamp if level == "token" else float("inf")
+    aggregation.finish(policy_results_kernel, at, parts, LAYOUT, loss, sums, maxes, *agg.rest, limit, *coefs, **agg.choice, **given)
+
+
+def _spread(at: Chunked, tensors: list[Tensor | None], rest: tuple[Any, ...], choice: dict[str, Any]) -> None:
+    launch.over(at.rows.B * at.chunks, SWEEP, policy_variant_fwd_kernel, at.rows, tensors, at.cu_seqlens, at.chunks, None, *rest, **choice, SPREAD=True)  # fmt: skip
