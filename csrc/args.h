@@ -144,11 +144,12 @@ struct GroupAdvantageArgs {
   int threads;
 };
 
-// kl: the value; else d_log_prob and d_ref_log_prob from grad.
+// kl: the value; else d_log_prob and d_ref_log_prob from grad. With old_log_prob both are weighted.
 struct KlArgs {
-  Operand log_prob, ref_log_prob, grad;
+  Operand log_prob, ref_log_prob, old_log_prob, grad;
   Operand kl, d_log_prob, d_ref_log_prob;
   KlOptions options;
+  double weight_max;  // infinite = off
   int threads;
 };
 
@@ -223,6 +224,7 @@ struct ValueLossArgs {
   Operand vpreds, returns, values, mask;
   Operand loss, sums, maxes, d_vpreds;
   double range;  // infinite = off, values unread
+  double delta;  // Huber's, infinite = off
   AggOptions agg;
   int threads;
 };

@@ -133,12 +133,14 @@ int64_t labels_to_ids(py::handle labels, int64_t n, uintptr_t memory) {
 }
 
 // ---- kl ------------------------------------------------------------------------------------------------------------
-double kl_penalty_fwd(Tokens log_prob, Tokens ref_log_prob, const std::string& kl, const Range& kl_range, Tokens value, int threads) {
-  return run(&Kernels::kl, KlArgs{log_prob, ref_log_prob, Operand{}, value, Operand{}, Operand{}, kl_options(kl, kl_range), threads});
+double kl_penalty_fwd(Tokens log_prob, Tokens ref_log_prob, Tokens old_log_prob, const std::string& kl, const Range& kl_range, double weight_max, Tokens value,
+                      int threads) {
+  return run(&Kernels::kl, KlArgs{log_prob, ref_log_prob, old_log_prob, Operand{}, value, Operand{}, Operand{}, kl_options(kl, kl_range), weight_max, threads});
 }
-double kl_penalty_bwd(Tokens grad, Tokens log_prob, Tokens ref_log_prob, const std::string& kl, const Range& kl_range, const std::array<bool, 2>&,
-                      Tokens d_log_prob, Tokens d_ref_log_prob, int threads) {
-  return run(&Kernels::kl, KlArgs{log_prob, ref_log_prob, grad, Operand{}, d_log_prob, d_ref_log_prob, kl_options(kl, kl_range), threads});
+double kl_penalty_bwd(Tokens grad, Tokens log_prob, Tokens ref_log_prob, Tokens old_log_prob, const std::string& kl, const Range& kl_range, double weight_max,
+                      const std::array<bool, 2>&, Tokens d_log_prob, Tokens d_ref_log_prob, int threads) {
+  return run(&Kernels::kl,
+             KlArgs{log_prob, ref_log_prob, old_log_prob, grad, Operand{}, d_log_prob, d_ref_log_prob, kl_options(kl, kl_range), weight_max, threads});
 }
 double shape_rewards_fwd(Tokens rewards, PerRow scores, Tokens old_log_prob, Tokens ref_log_prob, Tokens mask, Packed packed, double kl_coef,
                          const std::string& kl, const Range& kl_range, const std::array<double, 2>& clip, Tokens out, int threads) {
@@ -201,9 +203,9 @@ double policy_select_fwd(Tokens old_log_prob, Tokens log_prob, Tokens advantages
   for (size_t i = 0; i < numbers.size() && i < 4; ++i) args.numbers[i] = numbers[i];
   return run(&Kernels::policy_select, args);
 }
-double value_loss_fwd(Tokens vpreds, Tokens returns, Tokens values, Tokens mask, PerRow counts, Packed packed, double range, Agg mode,
+double value_loss_fwd(Tokens vpreds, Tokens returns, Tokens values, Tokens mask, PerRow counts, Packed packed, double range, double delta, Agg mode,
                       const std::array<double, 4>& numbers, py::handle, py::handle, Tokens loss, Tokens sums, Tokens maxes, Tokens d_vpreds, int threads) {
-  return run(&Kernels::value_loss, ValueLossArgs{rows_of(vpreds, packed), vpreds, returns, values, mask, loss, sums, maxes, d_vpreds, range,
+  return run(&Kernels::value_loss, ValueLossArgs{rows_of(vpreds, packed), vpreds, returns, values, mask, loss, sums, maxes, d_vpreds, range, delta,
                                                  agg_options(mode, numbers, counts), threads});
 }
 double scale_fwd(Tokens x, Tokens factor, py::handle, Tokens out, int threads) { return run(&Kernels::scale, ScaleArgs{x, factor, out, threads}); }

@@ -162,7 +162,7 @@ inline KlOptions kl_options(const std::string& name, const std::array<double, 4>
   const bool plus = !name.empty() && name.back() == '+';
   const std::string base = plus ? name.substr(0, name.size() - 1) : name;
   o.estimator = base == "k1" ? Kl::k1 : base == "abs" ? Kl::abs : base == "k2" ? Kl::k2 : base == "k3" ? Kl::k3 : Kl::none;
-  o.straight_through = plus && o.estimator != Kl::k2;
+  o.straight_through = plus;
   o.ratio_low = range[0], o.ratio_high = range[1], o.value_low = range[2], o.value_high = range[3];
   return o;
 }

@@ -52,6 +52,45 @@ def kl_value(log_prob, ref_log_prob, ratio_low, ratio_high, value_low, value_hig
 
 
 @triton.jit
+def importance_weight(log_prob, old_log_prob, most):
+    w = math.exp_of(log_prob - old_log_prob)
+    return tl.where(w > most, most, w)
+
+
+@triton.jit
+def kl_weighted_value(
+    log_prob, ref_log_prob, old_log_prob, most, ratio_low, ratio_high, value_low, value_high, KL: tl.constexpr, BOUNDED: tl.constexpr
+):
+    """w * KL with the importance weight w = min(exp(log_prob - old_log_prob), most), before the value's clamp."""
+    d = math.clamped(ref_log_prob - log_prob, ratio_low, ratio_high)
+    return math.clamped(importance_weight(log_prob, old_log_prob, most) * kl_raw(d, KL, BOUNDED), value_low, value_high)
+
+
+@triton.jit
+def kl_weighted_grads(
+    log_prob, ref_log_prob, old_log_prob, most, ratio_low, ratio_high, value_low, value_high,
+    KL: tl.constexpr, BOUNDED: tl.constexpr, STRAIGHT: tl.constexpr,
+):  # fmt: skip
+    """Of log_prob and of ref_log_prob. The weight passes gradient where `most` does not bite; of a straight-through form it
+    is a factor alone."""
+    raw = ref_log_prob - log_prob
+    free = math.exp_of(log_prob - old_log_prob)
+    w = tl.where(free > most, most, free)
+    if STRAIGHT:
+        return w * -raw, w * raw
+    else:
+        d = math.clamped(raw, ratio_low, ratio_high)
+        kl, slope = kl_raw(d, KL, BOUNDED), kl_raw_grad(d, KL, BOUNDED)
+        value = w * kl
+        both = slope + kl
+        if KL == "k3":
+            both = -d  # 1 - exp(d) and exp(d) - 1 - d together, without the cancellation
+        both = tl.where(free > most, slope, both)
+        outside = (raw < ratio_low) | (raw > ratio_high) | (value < value_low) | (value > value_high)
+        return tl.where(outside, 0.0, w * both), tl.where(outside, 0.0, w * -slope)
+
+
+@triton.jit
 def kl_grad(
     log_prob, ref_log_prob, ratio_low, ratio_high, value_low, value_high, KL: tl.constexpr, BOUNDED: tl.constexpr, STRAIGHT: tl.constexpr
 ):
@@ -75,28 +114,36 @@ def bounds(ratio_low, ratio_high, value_low, value_high, A: tl.constexpr):
 
 @launch.kernel
 def kl_penalty_fwd_kernel(
-    log_prob, ref_log_prob, value,
-    log_prob_stride: tl.int64, ref_log_prob_stride: tl.int64, value_stride: tl.int64, T: tl.int64, blocks: tl.int32,
-    ratio_low: tl.float64, ratio_high: tl.float64, value_low: tl.float64, value_high: tl.float64,
+    log_prob, ref_log_prob, old_log_prob, value,
+    log_prob_stride: tl.int64, ref_log_prob_stride: tl.int64, old_log_prob_stride: tl.int64, value_stride: tl.int64,
+    T: tl.int64, blocks: tl.int32,
+    ratio_low: tl.float64, ratio_high: tl.float64, value_low: tl.float64, value_high: tl.float64, weight_max: tl.float64,
     KL: tl.constexpr, BOUNDED: tl.constexpr, A: tl.constexpr, INNER: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, first, inside = launch.block_of(T, blocks, ALIGNED, BLOCK)
     x = launch.load(log_prob, log_prob_stride, row, first, inside, INNER[0], ALIGNED).to(A)
     ref = launch.load(ref_log_prob, ref_log_prob_stride, row, first, inside, INNER[1], ALIGNED).to(A)
     low, high, least, most = bounds(ratio_low, ratio_high, value_low, value_high, A)
-    launch.store(value, value_stride, row, first, kl_value(x, ref, low, high, least, most, KL, BOUNDED), inside, ALIGNED)
+    if old_log_prob is not None:
+        old = launch.load(old_log_prob, old_log_prob_stride, row, first, inside, INNER[2], ALIGNED).to(A)
+        kl = kl_weighted_value(x, ref, old, math.constant(weight_max, A), low, high, least, most, KL, BOUNDED)
+    else:
+        kl = kl_value(x, ref, low, high, least, most, KL, BOUNDED)
+    launch.store(value, value_stride, row, first, kl, inside, ALIGNED)
 
 
 _PLAN = Plan(loads=("log_prob", "ref_log_prob"), stores=("value",), registers=(40, 40))
 VARIANTS += variants(kl_penalty_fwd_kernel, TOKENS, _PLAN, _K1, _K3)
+_PLAN = Plan(loads=("log_prob", "ref_log_prob", "old_log_prob"), stores=("value",), registers=(56, 56))
+VARIANTS += variants(kl_penalty_fwd_kernel, TOKENS, _PLAN, _K3)
 
 
 @launch.kernel
 def kl_penalty_bwd_kernel(
-    grad, log_prob, ref_log_prob, d_log_prob, d_ref_log_prob,
-    grad_stride: tl.int64, log_prob_stride: tl.int64, ref_log_prob_stride: tl.int64,
+    grad, log_prob, ref_log_prob, old_log_prob, d_log_prob, d_ref_log_prob,
+    grad_stride: tl.int64, log_prob_stride: tl.int64, ref_log_prob_stride: tl.int64, old_log_prob_stride: tl.int64,
     d_log_prob_stride: tl.int64, d_ref_log_prob_stride: tl.int64, T: tl.int64, blocks: tl.int32,
-    ratio_low: tl.float64, ratio_high: tl.float64, value_low: tl.float64, value_high: tl.float64,
+    ratio_low: tl.float64, ratio_high: tl.float64, value_low: tl.float64, value_high: tl.float64, weight_max: tl.float64,
     KL: tl.constexpr, BOUNDED: tl.constexpr, STRAIGHT: tl.constexpr,
     A: tl.constexpr, INNER: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -105,15 +152,23 @@ def kl_penalty_bwd_kernel(
     x = launch.load(log_prob, log_prob_stride, row, first, inside, INNER[1], ALIGNED).to(A)
     ref = launch.load(ref_log_prob, ref_log_prob_stride, row, first, inside, INNER[2], ALIGNED).to(A)
     low, high, least, most = bounds(ratio_low, ratio_high, value_low, value_high, A)
-    d = g * kl_grad(x, ref, low, high, least, most, KL, BOUNDED, STRAIGHT)
+    if old_log_prob is not None:
+        old = launch.load(old_log_prob, old_log_prob_stride, row, first, inside, INNER[3], ALIGNED).to(A)
+        slope, ref_slope = kl_weighted_grads(x, ref, old, math.constant(weight_max, A), low, high, least, most, KL, BOUNDED, STRAIGHT)
+        d, d_ref = g * slope, g * ref_slope
+    else:
+        d = g * kl_grad(x, ref, low, high, least, most, KL, BOUNDED, STRAIGHT)
+        d_ref = -d
     if d_log_prob is not None:
         launch.store(d_log_prob, d_log_prob_stride, row, first, d, inside, ALIGNED)
     if d_ref_log_prob is not None:
-        launch.store(d_ref_log_prob, d_ref_log_prob_stride, row, first, -d, inside, ALIGNED)
+        launch.store(d_ref_log_prob, d_ref_log_prob_stride, row, first, d_ref, inside, ALIGNED)
 
 
 _PLAN = Plan(loads=("grad", "log_prob", "ref_log_prob"), stores=("d_log_prob",), registers=(64, 72))
 VARIANTS += variants(kl_penalty_bwd_kernel, TOKENS, _PLAN, {**_K3, "STRAIGHT": False})
+_PLAN = Plan(loads=("grad", "log_prob", "ref_log_prob", "old_log_prob"), stores=("d_log_prob",), registers=(80, 88))
+VARIANTS += variants(kl_penalty_bwd_kernel, TOKENS, _PLAN, {**_K3, "STRAIGHT": False}, {**_K3, "STRAIGHT": True})
 
 
 @launch.kernel
@@ -210,25 +265,35 @@ def options(kl: str, kl_range: list[float]) -> dict[str, Any]:
     return {"KL": kl.removesuffix("+"), "BOUNDED": kl_range[0] >= -80 and kl_range[1] <= 80}
 
 
-def kl_penalty_fwd(log_prob: Tensor, ref_log_prob: Tensor, kl: str, kl_range: list[float], value: Tensor | None) -> None:
-    tensors = (log_prob, ref_log_prob, value)
-    A = launch.arithmetic(*tensors)
-    launch.over_tokens(kl_penalty_fwd_kernel, launch.rows(tensors, flat=True), tensors, *kl_range, A=A, **options(kl, kl_range))
+def kl_penalty_fwd(
+    log_prob: Tensor,
+    ref_log_prob: Tensor,
+    old_log_prob: Tensor | None,
+    kl: str,
+    kl_range: list[float],
+    weight_max: float,
+    value: Tensor | None,
+) -> None:
+    tensors = (log_prob, ref_log_prob, old_log_prob, value)
+    choice = {"A": launch.arithmetic(*tensors), **options(kl, kl_range)}
+    launch.over_tokens(kl_penalty_fwd_kernel, launch.rows(tensors, flat=True), tensors, *kl_range, weight_max, **choice)
 
 
 def kl_penalty_bwd(
     grad: Tensor,
     log_prob: Tensor,
     ref_log_prob: Tensor,
+    old_log_prob: Tensor | None,
     kl: str,
     kl_range: list[float],
+    weight_max: float,
     needs: list[bool],
     d_log_prob: Tensor | None,
     d_ref_log_prob: Tensor | None,
 ) -> None:
-    tensors = (grad, log_prob, ref_log_prob, d_log_prob, d_ref_log_prob)
+    tensors = (grad, log_prob, ref_log_prob, old_log_prob, d_log_prob, d_ref_log_prob)
     choice = {"STRAIGHT": kl.endswith("+"), "A": launch.arithmetic(*tensors), **options(kl, kl_range)}
-    launch.over_tokens(kl_penalty_bwd_kernel, launch.rows(tensors, flat=True), tensors, *kl_range, **choice)
+    launch.over_tokens(kl_penalty_bwd_kernel, launch.rows(tensors, flat=True), tensors, *kl_range, weight_max, **choice)
 
 
 def shape_rewards_fwd(

@@ -16,19 +16,29 @@ LAYOUT: Layout = (7, 4, 5, 6)  # tokens, sequences, clipped, vpreds, vf_loss, no
 
 # ---- twin of csrc/math/loss.h ---------------------------------------------------------------------------------------
 @triton.jit
-def value_token(vpred, ret, value, clip):
+def huber(error, square, delta):
+    """e^2 / 2, beyond an error of size delta its tangent."""
+    size = tl.abs(error)
+    return tl.where(size > delta, delta * (size - 0.5 * delta), 0.5 * square)
+
+
+@triton.jit
+def value_token(vpred, ret, value, clip, delta):
     """l = max((v - R)^2, (clip(v, V - c, V + c) - R)^2) / 2: l, gradient, clipped. `value` None: half the squared error."""
     error = vpred - ret
-    plain = error * error
+    plain, bound = error * error, math.clamped(error, 0.0 - delta, delta)
     if value is None:
-        return 0.5 * plain, error, plain > plain
+        return huber(error, plain, delta), bound, plain > plain
     else:
         inside = tl.where(value != value, value, math.clamped(vpred, value - clip, value + clip))
         other = inside - ret
         clipped_term = other * other
         clipped, moved = clipped_term > plain, (inside < vpred) | (inside > vpred)
-        full = tl.where((clipped_term == plain) & moved, 0.5 * error, error)
-        grad, loss = tl.where(clipped & moved, 0.0, full), 0.5 * tl.where(clipped, clipped_term, plain)
+        full = tl.where((clipped_term == plain) & moved, 0.5 * bound, bound)
+        grad, loss = (
+            tl.where(clipped & moved, 0.0, full),
+            huber(tl.where(clipped, other, error), tl.where(clipped, clipped_term, plain), delta),
+        )
         lost = clipped_term != clipped_term
         return tl.where(lost, clipped_term, loss), tl.where(lost, clipped_term, grad), clipped
 
@@ -40,6 +50,7 @@ def value_loss_fwd_kernel(
     vpreds_stride: tl.int64, returns_stride: tl.int64, values_stride: tl.int64, mask_stride: tl.int64, d_vpreds_stride: tl.int64,
     T: tl.int64, cu_seqlens, chunks: tl.int32, parts,
     row_counts, local, counts, dp_size: tl.float64, tokens: tl.float64, sequences: tl.float64, norm: tl.float64, clip: tl.float64,
+    delta: tl.float64,
     MODE: tl.constexpr, FROM: tl.constexpr, A: tl.constexpr, INNER: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, start, T, first, end = aggregation.chunk_of(T, cu_seqlens, chunks, ALIGNED, BLOCK)
@@ -55,7 +66,7 @@ def value_loss_fwd_kernel(
         value = None
         if values is not None:
             value = tl.where(valid, launch.load(values, values_stride, start, first, inside, INNER[2], ALIGNED).to(A), 0.0)
-        loss, grad, clipped = value_token(vpred, ret, value, math.constant(clip, A))  # all 0 where masked
+        loss, grad, clipped = value_token(vpred, ret, value, math.constant(clip, A), math.constant(delta, A))  # all 0 where masked
         if d_vpreds is not None:
             launch.store(d_vpreds, d_vpreds_stride, start, first, tl.where(valid, grad * g, 0.0), inside, ALIGNED)
         found, clips = found + in_lanes(valid, ALIGNED), clips + in_lanes(clipped, ALIGNED)
@@ -112,6 +123,7 @@ def value_loss_fwd(
     counts: Tensor | None,
     cu_seqlens: Tensor | None,
     clip: float,
+    delta: float,
     mode: str,
     numbers: list[float],
     loss_dtype: torch.dtype,
@@ -129,6 +141,6 @@ def value_loss_fwd(
         row_counts, local = aggregation.count_first(at, agg, 3, mask)
     A = launch.arithmetic(vpreds, returns, values)
     parts = aggregation.over_chunks(
-        value_loss_fwd_kernel, SWEEP, at, tensors, LAYOUT[0], row_counts, local, *agg.rest, clip, **agg.choice, A=A
+        value_loss_fwd_kernel, SWEEP, at, tensors, LAYOUT[0], row_counts, local, *agg.rest, clip, delta, **agg.choice, A=A
     )  # fmt: skip
     aggregation.finish(value_results_kernel, at, parts, LAYOUT, loss, sums, maxes, *agg.rest, **agg.choice)

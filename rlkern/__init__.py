@@ -8,6 +8,7 @@ from rlkern.data import RolloutBatch, capture, load_batch, save_batch
 from rlkern.group import group_mean_std, group_normalize
 from rlkern.kl import kl_penalty, shape_rewards
 from rlkern.labels import group_index
+from rlkern.logprob import entropy, log_prob, sum_pi_squared
 from rlkern.loss import policy_loss, policy_loss_and_grad
 from rlkern.metrics import Metrics, PolicyLoss, PolicyLossAndGrad, ValueLoss
 from rlkern.moments import masked_mean, masked_moments, masked_sum, masked_var, merge_moments
@@ -32,6 +33,7 @@ __all__ = [
     "affine_scan",
     "capture",
     "discounted_returns",
+    "entropy",
     "explain",
     "gae",
     "group_index",
@@ -39,6 +41,7 @@ __all__ = [
     "group_normalize",
     "kl_penalty",
     "load_batch",
+    "log_prob",
     "masked_mean",
     "masked_moments",
     "masked_normalize",
@@ -50,6 +53,7 @@ __all__ = [
     "policy_loss_and_grad",
     "save_batch",
     "shape_rewards",
+    "sum_pi_squared",
     "use_backend",
     "value_loss",
     "whiten_apply",

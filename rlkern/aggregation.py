@@ -37,7 +37,8 @@ class Counts(NamedTuple):
     dtype: torch.dtype | None  # of a floating-point tensor count that divides the loss: verl's loss takes it on
 
 
-def counts_of(op: str, like: Tensor, mode: str, packed: bool, **given: Count) -> Counts:
+def counts_of(op: str, like: Tensor, mode: str, packed: bool, *, scale: float = 1.0, **given: Count) -> Counts:
+    """`scale` multiplies the loss: it goes with dp_size."""
     check.word(op, "loss_agg_mode", mode, AGG_MODES)
     numbers: list[float] = []
     dtype = None
@@ -58,6 +59,12 @@ def counts_of(op: str, like: Tensor, mode: str, packed: bool, **given: Count) ->
         if packed:
             raise check.fail(op, "loss_scale_factor", f"be given with cu_seqlens in mode {mode!r}", "None", "Padded rows divide by T.")
         numbers[3] = float(like.shape[-1])
+    if scale != 1.0:
+        dp_size = given["dp_size"]
+        if isinstance(dp_size, Tensor):
+            given["dp_size"] = dp_size.to(reference.wide_on(like.device)) * scale
+        else:
+            numbers[0] *= scale
     tensor = None
     if _IN_TENSOR in numbers:
         wide = reference.wide_on(like.device)

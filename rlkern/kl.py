@@ -20,7 +20,7 @@ Range = tuple[float, float] | None
 
 
 def estimator(
-    op: str, kl_penalty: str, log_ratio_range: Range | str = "verl", value_range: Range | str = "verl"
+    op: str, kl_penalty: str, log_ratio_range: Range | str = "verl", value_range: Range | str = "verl", weighted: bool = False
 ) -> tuple[str, list[float]]:
     """The estimator's own name (k1, abs, k2, k3, with "+" if straight-through) and its clamps as four numbers.
 
@@ -37,12 +37,13 @@ def estimator(
         if not low <= high:
             raise check.fail(op, argument, "be (low, high) with low <= high, or None", given, "None means no clamp.")
         clamps += [float(low), float(high)]
-    return name + ("+" if kl_penalty.endswith("+") and name != "k2" else ""), clamps
+    straight = kl_penalty.endswith("+") and (name != "k2" or weighted or any(map(math.isfinite, clamps)))  # else k2 itself
+    return name + ("+" if straight else ""), clamps
 
 
 # ---- raw ops --------------------------------------------------------------------------------------------------------
-def _value_alloc(log_prob: Tensor, ref_log_prob: Tensor, *rest: Any) -> Tensor:
-    return library.fresh(log_prob, torch.promote_types(log_prob.dtype, ref_log_prob.dtype))
+def _value_alloc(log_prob: Tensor, ref_log_prob: Tensor, old_log_prob: Tensor | None, *rest: Any) -> Tensor:
+    return library.fresh(log_prob, check.result_dtype(log_prob, ref_log_prob, old_log_prob))
 
 
 def _grad_alloc(grad: Tensor, log_prob: Tensor, ref_log_prob: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -57,13 +58,14 @@ def _reward_alloc(rewards: Tensor | None, scores: Tensor | None, old: Tensor, re
 
 library.define(
     "_kl_penalty_fwd",
-    "(Tensor log_prob, Tensor ref_log_prob, str kl, float[] kl_range) -> Tensor",
+    "(Tensor log_prob, Tensor ref_log_prob, Tensor? old_log_prob, str kl, float[] kl_range, float weight_max) -> Tensor",
     _value_alloc,
     reference.kl_penalty,
 )
 library.define(
     "_kl_penalty_bwd",
-    "(Tensor grad, Tensor log_prob, Tensor ref_log_prob, str kl, float[] kl_range, bool[] needs) -> (Tensor, Tensor)",
+    "(Tensor grad, Tensor log_prob, Tensor ref_log_prob, Tensor? old_log_prob, str kl, float[] kl_range, float weight_max,"
+    " bool[] needs) -> (Tensor, Tensor)",
     _grad_alloc,
     reference.kl_penalty_bwd,
 )
@@ -85,26 +87,36 @@ library.define(
 # ---- autograd -------------------------------------------------------------------------------------------------------
 class _KlPenalty(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, log_prob: Tensor, ref_log_prob: Tensor, kl: str, kl_range: list[float], backend: int) -> Tensor:
-        ctx.rest = (kl, kl_range, backend)
-        ctx.save_for_backward(log_prob, ref_log_prob)
-        value: Tensor = library.call("_kl_penalty_fwd", log_prob, ref_log_prob, kl, kl_range, backend=backend)
+    def forward(
+        ctx: Any, log_prob: Tensor, ref_log_prob: Tensor, old_log_prob: Tensor | None, settings: tuple[Any, ...], backend: int
+    ) -> Tensor:
+        ctx.rest = (settings, backend)
+        ctx.save_for_backward(log_prob, ref_log_prob, old_log_prob)
+        value: Tensor = library.call(
+            "_kl_penalty_fwd", log_prob, ref_log_prob, _in_value(old_log_prob, settings), *settings, backend=backend
+        )
         return value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        log_prob, ref_log_prob = ctx.saved_tensors
-        kl, kl_range, backend = ctx.rest
+        log_prob, ref_log_prob, old_log_prob = ctx.saved_tensors
+        settings, backend = ctx.rest
         needs = list(ctx.needs_input_grad[:2])
         if library.wants_double_backward(grad, log_prob, ref_log_prob):
+            kl, kl_range, weight_max = settings
 
             def forward(log_prob: Tensor, ref_log_prob: Tensor) -> Tensor:
-                return reference.kl_smooth(log_prob, ref_log_prob, kl, kl_range)
+                return reference.kl_smooth(log_prob, ref_log_prob, kl, kl_range, old_log_prob, weight_max)
 
             return (*library.differentiate(forward, (log_prob, ref_log_prob), (grad,)), None, None, None)
-        args = (check.inner(grad), log_prob, ref_log_prob, kl, kl_range, needs)
+        args = (check.inner(grad), log_prob, ref_log_prob, old_log_prob, *settings, needs)
         found = library.call("_kl_penalty_bwd", *args, backend=backend)
         return (*[x if need else None for x, need in zip(found, needs, strict=True)], None, None, None)
+
+
+def _in_value(old_log_prob: Tensor | None, settings: tuple[Any, ...]) -> Tensor | None:
+    """A straight-through form has the weight in its gradient alone."""
+    return None if settings[0].endswith("+") else old_log_prob
 
 
 class _ShapeRewards(torch.autograd.Function):
@@ -128,6 +140,14 @@ class _ShapeRewards(torch.autograd.Function):
         return (None, library.call("_shape_rewards_bwd", check.inner(grad), scores, mask, cu, clip, backend=backend), *[None] * 9)
 
 
+def _bound(op: str, weight_max: float | None, old_log_prob: Tensor | None) -> float:
+    if weight_max is None:
+        return math.inf
+    if old_log_prob is None:
+        raise check.fail(op, "weight_max", "be None without old_log_prob", weight_max, "Give old_log_prob.")
+    return check.number(op, "weight_max", weight_max, 0.0, open_low=True)
+
+
 # ---- public ops -----------------------------------------------------------------------------------------------------
 def kl_penalty(
     log_prob: Tensor,
@@ -136,12 +156,15 @@ def kl_penalty(
     *,
     log_ratio_range: Range | str = "verl",
     value_range: Range | str = "verl",
+    old_log_prob: Tensor | None = None,
+    weight_max: float | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     r"""The KL divergence from the reference policy, estimated per token.
 
     With d = ref_log_prob - log_prob, clamped to log_ratio_range: "kl" = "k1": -d; "abs": |d|; "mse" = "k2": d^2 / 2;
-    "low_var_kl" = "k3": exp(d) - 1 - d. The value is clamped to value_range.
+    "low_var_kl" = "k3": exp(d) - 1 - d. The value is clamped to value_range. With old_log_prob it is first multiplied by the
+    importance weight w = min(exp(log_prob - old_log_prob), weight_max).
 
     Args:
         log_prob: any shape, floating point, nats; every position is read, there is no mask.
@@ -149,13 +172,18 @@ def kl_penalty(
         kl_penalty: the estimator; with "+" (straight-through) it has the value of the estimator and the gradient of k2.
         log_ratio_range: (low, high) for d, None for no clamp, "verl": (-20, 20) for k3, else none.
         value_range: (low, high) for the value, None for no clamp, "verl": (-10, 10) for k3, else none.
+        old_log_prob: like log_prob, the policy that sampled the tokens; None: no importance weight. log_prob.detach() gives
+            the weight 1 and its gradient.
+        weight_max: the largest w, positive; None: no bound.
         out: a tensor to write into; not with inputs that require grad.
 
     Returns:
-        Tensor like log_prob, in the promoted dtype of both.
+        Tensor like log_prob, in the promoted dtype of the tensors in its formula.
 
     Gradient:
-        To log_prob and ref_log_prob (the negative), each in its own dtype. A clamp passes gradient on its closed interval.
+        To log_prob and ref_log_prob, each in its own dtype; old_log_prob is refused if it requires grad. A clamp passes
+        gradient on its closed interval. w passes it too, where its bound does not bite: d(w k3) / d log_prob = -w d. An
+        estimator with "+" has an unweighted value, and the gradient -w d with w detached, clamps or not.
 
     Numerics:
         Arithmetic in float32 (float64 for float64). k3 does not cancel near d = 0: it keeps its relative accuracy where
@@ -170,27 +198,30 @@ def kl_penalty(
         (tensor([0.5000, 0.0000]), tensor([0.1065, 0.0000]))
 
     Source:
-        Schulman 2020, "Approximating KL divergence"; verl kl_penalty. OpenRLHF compute_approx_kl: k3 with
-        log_ratio_range=(-math.inf, 10), value_range=(-10, 10).
+        Schulman 2020, "Approximating KL divergence"; verl kl_penalty. OpenRLHF compute_approx_kl, TRL use_bias_correction_kl,
+        slime and NeMo-RL: docs/algorithms.md has their arguments.
     """
     op = "kl_penalty"
     check.no_transforms(op, log_prob)
     if not isinstance(log_prob, Tensor):
         raise check.fail(op, "log_prob", "be a torch.Tensor", check.describe(log_prob), "Convert it with torch.as_tensor.", TypeError)
-    log_prob, ref_log_prob = check.tensors(op, log_prob, log_prob=log_prob, ref_log_prob=ref_log_prob)
-    kl, kl_range = estimator(op, kl_penalty, log_ratio_range, value_range)
+    log_prob, ref_log_prob, old = check.tensors(op, log_prob, log_prob=log_prob, ref_log_prob=ref_log_prob, old_log_prob=old_log_prob)
+    settings = (*estimator(op, kl_penalty, log_ratio_range, value_range, old is not None), _bound(op, weight_max, old))
+    check.detached(op, old_log_prob=old)
     grad = check.wants_grad(log_prob, ref_log_prob)
     backend = pick("_kl_penalty_fwd", log_prob)
     if out is not None:
-        out = check.out_tensors(op, out, log_prob, [torch.promote_types(log_prob.dtype, ref_log_prob.dtype)], grad)
+        out = check.out_tensors(op, out, log_prob, [check.result_dtype(log_prob, ref_log_prob, _in_value(old, settings))], grad)
     shape = log_prob.shape
     if len(shape) not in (1, 2):
         log_prob, ref_log_prob = log_prob.reshape(-1), ref_log_prob.reshape(-1)
+        old = None if old is None else old.reshape(-1)
     if grad:
-        flat: Tensor = _KlPenalty.apply(log_prob, ref_log_prob, kl, kl_range, backend)  # type: ignore[no-untyped-call]
+        flat: Tensor = _KlPenalty.apply(log_prob, ref_log_prob, old, settings, backend)  # type: ignore[no-untyped-call]
         return flat if flat.shape == shape else flat.view(shape)
     direct = out is None or out.shape == log_prob.shape
-    value: Tensor = library.call("_kl_penalty_fwd", log_prob, ref_log_prob, kl, kl_range, backend=backend, out=out if direct else None)
+    args = (log_prob, ref_log_prob, _in_value(old, settings), *settings)
+    value: Tensor = library.call("_kl_penalty_fwd", *args, backend=backend, out=out if direct else None)
     if out is not None:
         return value if direct else out.copy_(value.view(shape))
     return value if value.shape == shape else value.view(shape)

@@ -26,7 +26,7 @@ def _value_alloc(vpreds: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 library.define(
     "_value_loss_fwd",
     "(Tensor vpreds, Tensor returns, Tensor? values, Tensor mask, Tensor? counts, Tensor? cu_seqlens, float clip,"
-    " str mode, float[] numbers, ScalarType loss_dtype, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    " float huber_delta, str mode, float[] numbers, ScalarType loss_dtype, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
     _value_alloc,
     reference.value_loss,
 )
@@ -57,7 +57,7 @@ class _ValueLoss(torch.autograd.Function):
             found = library.differentiate(forward, (vpreds,), (grad,))[0]
         elif grad is not None:
             found = library.call("_scale_fwd", d_vpreds, grad, vpreds, backend=backend)
-        return (found, *[None] * 10)
+        return (found, *[None] * 11)
 
 
 # ---- public op ------------------------------------------------------------------------------------------------------
@@ -68,6 +68,8 @@ def value_loss(
     response_mask: Tensor,
     *,
     cliprange_value: float | None = 0.5,
+    huber_delta: float | None = None,
+    scale: float = 1.0,
     loss_agg_mode: LossAggMode = "token-mean",
     dp_size: Count = 1,
     batch_num_tokens: Count = None,
@@ -77,7 +79,8 @@ def value_loss(
 ) -> ValueLoss:
     r"""The clipped value loss of PPO.
 
-    Per token: l = max((v - R)^2, (clamp(v, V - c, V + c) - R)^2) / 2 with c = cliprange_value; aggregated as `policy_loss`.
+    Per token: l = max(h(v - R), h(clamp(v, V - c, V + c) - R)) with c = cliprange_value and h(e) = e^2 / 2, beyond
+    |e| = huber_delta its tangent; aggregated as `policy_loss`, times scale.
 
     Args:
         vpreds: (B, T) or packed (N,), floating point; the critic's values now. No input but the mask is read at masked tokens.
@@ -85,6 +88,8 @@ def value_loss(
         values: like vpreds; the values at rollout. May be None, and is not read, without cliprange_value.
         response_mask: like vpreds, bool, integer or float; nonzero = trainable token, whatever its value.
         cliprange_value: c, not negative; None = off: half the squared error.
+        huber_delta: the error beyond which a token's loss grows linearly, positive; None = off.
+        scale: a factor of the loss, not negative; 2 leaves the half away.
         loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor: as in `policy_loss`.
         cu_seqlens: (rows + 1,) offsets of packed rows, int32 or int64.
 
@@ -93,8 +98,8 @@ def value_loss(
         the seq modes), and `Metrics`.
 
     Gradient:
-        To vpreds; returns and values are refused if they require grad. v - R where the unclipped term is the larger one or
-        v is inside the clip's closed interval; half of it where the terms tie outside.
+        To vpreds; returns and values are refused if they require grad. v - R, at most huber_delta in size, where the
+        unclipped term is the larger one or v is inside the clip's closed interval; half of it where the terms tie outside.
 
     Numerics:
         As `policy_loss`.
@@ -108,7 +113,8 @@ def value_loss(
         tensor(2.5000)
 
     Source:
-        Schulman et al. 2017, and OpenAI baselines' clipped form; verl compute_value_loss.
+        Schulman et al. 2017, and OpenAI baselines' clipped form; verl compute_value_loss. The other frameworks' forms:
+        docs/algorithms.md.
     """
     op = "value_loss"
     check.batch(op, "vpreds", vpreds, cu_seqlens)
@@ -120,12 +126,13 @@ def value_loss(
     vpreds, returns, values, mask = check.tensors(op, vpreds, vpreds=vpreds, returns=returns, values=values, response_mask=response_mask)
     check.detached(op, returns=returns, values=values)
     clip = math.inf if cliprange_value is None else check.number(op, "cliprange_value", cliprange_value, 0.0)
+    delta = math.inf if huber_delta is None else check.number(op, "huber_delta", huber_delta, 0.0, open_low=True)
     cu = check.lengths(op, cu_seqlens, vpreds)
     counts = counts_of(
-        op, vpreds, loss_agg_mode, cu is not None, dp_size=dp_size, batch_num_tokens=batch_num_tokens,
-        global_batch_size=global_batch_size, loss_scale_factor=loss_scale_factor,
+        op, vpreds, loss_agg_mode, cu is not None, scale=check.number(op, "scale", scale, 0.0), dp_size=dp_size,
+        batch_num_tokens=batch_num_tokens, global_batch_size=global_batch_size, loss_scale_factor=loss_scale_factor,
     )  # fmt: skip
-    settings = (clip, loss_agg_mode, counts.numbers, loss_dtype(loss_agg_mode, counts, vpreds, returns, values, mask))
+    settings = (clip, delta, loss_agg_mode, counts.numbers, loss_dtype(loss_agg_mode, counts, vpreds, returns, values, mask))
     args = (vpreds, returns, values, mask, counts.tensor, cu, *settings)
     backend = pick("_value_loss_fwd", vpreds)
     if check.wants_grad(vpreds):

@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("triton")
 START = """
-import collections, torch, triton
+import collections, math, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from rlkern import kernels
@@ -44,8 +44,8 @@ KL = """
 def step(T, make):
     lp, ref, mask, out = (make(T) for _ in range(4))
     wide, score = [-20.0, 20.0, -10.0, 10.0], torch.empty(8)
-    launch("_kl_penalty_fwd", lp, ref, "k3", wide, out)
-    launch("_kl_penalty_bwd", out, lp, ref, "k3", wide, [True, False], torch.empty_like(lp), None)
+    launch("_kl_penalty_fwd", lp, ref, None, "k3", wide, math.inf, out)
+    launch("_kl_penalty_bwd", out, lp, ref, None, "k3", wide, math.inf, [True, False], torch.empty_like(lp), None)
     launch("_shape_rewards_fwd", lp, None, lp, ref, mask, None, T / 1000, "k3", wide, [-1.0, 1.0], out)
     launch("_shape_rewards_fwd", None, score, lp, ref, mask, None, T / 1000, "k3", wide, [-1.0, 1.0], out)
     launch("_shape_rewards_bwd", out, score, mask, None, [-1.0, 1.0], torch.empty(8))
@@ -61,7 +61,7 @@ def step(T, make):
     results, grad = (x.new_empty(()), wide[:9], wide[9:]), torch.empty_like(x)
     policy = (x, x, None, x[:, 0], x, None, None, x, None, None, None, [0.2, 0.2, 3.0, 20.0], *rest, "k3", [-20.0, 20.0, -10.0, 10.0])
     launch("_policy_loss_fwd", *policy, [0.1, 0.0], x.dtype, [], *results, grad, None)
-    launch("_value_loss_fwd", x, x, x, x, None, None, 0.5, *rest, x.dtype, [], results[0], wide[:6], wide[6:7], grad)
+    launch("_value_loss_fwd", x, x, x, x, None, None, 0.5, math.inf, *rest, x.dtype, [], results[0], wide[:6], wide[6:7], grad)
     launch("_scale_fwd", x, results[0], x, grad)
 
 every(step)
@@ -147,7 +147,8 @@ def test_kernels_compiles_are_counted():
 from rlkern.kernels import kl
 plain = triton.jit(kl.kl_penalty_fwd_kernel.fn)
 for T in (1, 16, 17):
-    numbers = (T, T, T, T, 1, -20.0, 20.0, -10.0, 10.0)
-    plain[(1,)](*(torch.empty(8, T) for _ in range(3)), *numbers, "k3", True, 0, (1, 1, 1), False, 1024)
+    numbers = (T, T, T, T, T, 1, -20.0, 20.0, -10.0, 10.0, math.inf)
+    lp, ref, out = (torch.empty(8, T) for _ in range(3))
+    plain[(1,)](lp, ref, None, out, *numbers, "k3", True, 0, (1, 1, 1, 1), False, 1024)
 """
     assert counts(code) == {"kl_penalty_fwd": 3}

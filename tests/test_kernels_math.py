@@ -101,6 +101,23 @@ def test_kernels_math_float64(backend):
     assert twin("expm1_of", edges)[2].isnan()
 
 
+def test_kernels_math_weighted_kl(backend):
+    """With an importance weight, at zeros, bounds, infinities and NaN: as the C++, to the last bits of the exponential."""
+    points = torch.tensor([0.0, -0.0, 1.0, -1.0, 2.0, 50.0, -200.0, math.inf, -math.inf, math.nan])
+    lp, ref, old = (v.reshape(-1) for v in torch.meshgrid(points, points, points, indexing="ij"))
+    for name in ("k1", "abs", "k2", "k3", "k1+"):
+        for ranges in ({"value_range": None, "log_ratio_range": None}, {"value_range": (-0.5, 2.0)}, {"log_ratio_range": (-1.0, 1.0)}):
+            for bound in ({}, {"weight_max": 1.0}):
+                found = []
+                for choice in ("cpp", "triton"):
+                    with rlkern.use_backend(choice):
+                        a, b = lp.clone().requires_grad_(), ref.clone().requires_grad_()
+                        value = rlkern.kl_penalty(a, b, name, old_log_prob=old, **ranges, **bound)
+                        found.append((value.detach(), *torch.autograd.grad(value, (a, b), torch.ones_like(value))))
+                for ours, theirs in zip(*found, strict=True):
+                    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0, equal_nan=True)
+
+
 def test_kernels_math_decisions(backend):
     """Estimators and clamps at ties, zeros, infinities and NaN: equal to the C++. (Triton's -x is 0 - x: no -0 at 0.)"""
     points = torch.tensor([0.0, -0.0, 1e-45, 1.0, -1.0, 2.0, -2.0, math.inf, -math.inf, math.nan])

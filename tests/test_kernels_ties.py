@@ -89,11 +89,12 @@ def test_kernels_ties_at_every_edge(backend):
 def test_kernels_ties_value_loss(backend):
     points = [0.0, -0.0, 0.5, -0.5, 1.0, 2.0, math.inf, -math.inf, math.nan]
     v, ret, old = (torch.tensor(c)[None] for c in zip(*itertools.product(points, points, points), strict=True))
-    for cliprange in (0.5, 0.0, 1.0):
+    for cliprange, delta in ((0.5, None), (0.0, None), (1.0, None), (0.5, 1.0), (None, 0.5)):
+        options = {"cliprange_value": cliprange, "huber_delta": delta, "loss_agg_mode": "token-sum"}
 
-        def call(c=cliprange):
+        def call(options=options):
             leaf = v.clone().requires_grad_()
-            found = rlkern.value_loss(leaf, ret, old, torch.ones_like(v), cliprange_value=c, loss_agg_mode="token-sum")
+            found = rlkern.value_loss(leaf, ret, old, torch.ones_like(v), **options)
             found.loss.backward()
             return leaf.grad[0], found.metrics.sums
 

@@ -120,7 +120,7 @@ def test_kl_penalty_ignores_masked(backend):
 @pytest.mark.parametrize(("B", "T", "why"), SHAPES)
 def test_kl_penalty_edge_shapes(backend, B, T, why):
     lp, ref = pair(B, T)
-    expected = rlkern.reference.kl.kl_penalty(lp, ref, "k3", [-20.0, 20.0, -10.0, 10.0])
+    expected = rlkern.reference.kl.kl_penalty(lp, ref, None, "k3", [-20.0, 20.0, -10.0, 10.0], math.inf)
     assert rlkern.kl_penalty(lp, ref, "k3").shape == (B, T)
     torch.testing.assert_close(rlkern.kl_penalty(lp, ref, "k3"), expected, rtol=1e-5, atol=1e-6)
     wide = torch.full((B, T + 5), torch.nan)
@@ -209,7 +209,7 @@ def test_kl_penalty_rejects(backend):
 
 def test_kl_penalty_registers(backend_number):
     lp, ref = pair(3, 20)
-    args = ("k3", [-20.0, 20.0, -10.0, 10.0])
+    args = (None, "k3", [-20.0, 20.0, -10.0, 10.0], math.inf)
     torch.library.opcheck(torch.ops.rlkern._kl_penalty_fwd.default, (lp, ref, *args, backend_number))
     torch.library.opcheck(torch.ops.rlkern._kl_penalty_bwd.default, (lp, lp, ref, *args, [True, False], backend_number))
 

@@ -27,6 +27,12 @@ def _data(seed: int = 0) -> dict[str, torch.Tensor]:
     return x
 
 
+def kl_grads(x: dict[str, torch.Tensor], name: str, **options) -> tuple[torch.Tensor, ...]:
+    lp, ref = x["log_prob"].clone().requires_grad_(), x["ref"].clone().requires_grad_()
+    value = rlkern.kl_penalty(lp, ref, name, **options)
+    return value.detach(), *torch.autograd.grad(value, (lp, ref), x["rewards"])
+
+
 LABELS = [f"prompt-{i // 7}" for i in range(B)]
 CALLS = {
     "gae": lambda x: rlkern.gae(x["rewards"], x["values"], x["mask"], gamma=0.99, lam=0.95),
@@ -40,11 +46,14 @@ CALLS = {
     "masked_whiten": lambda x: rlkern.masked_whiten(x["values"], x["mask"]),
     "masked_normalize": lambda x: rlkern.masked_normalize(x["values"], x["mask"]),
     "kl_penalty": lambda x: rlkern.kl_penalty(x["log_prob"], x["ref"], "k3"),
+    "kl_penalty weighted": lambda x: kl_grads(x, "k3", old_log_prob=x["old"]),
+    "kl_penalty straight": lambda x: kl_grads(x, "k1+", old_log_prob=x["old"], weight_max=2.0),
     "shape_rewards": lambda x: rlkern.shape_rewards(x["rewards"], x["old"], x["ref"], x["mask"], kl_coef=0.1),
     "policy_loss": lambda x: tuple(
         v for v in rlkern.policy_loss_and_grad(x["old"], x["log_prob"], x["advantages"], x["mask"]) if isinstance(v, torch.Tensor)
     ),
     "value_loss": lambda x: rlkern.value_loss(x["values"], x["rewards"], x["old"], x["mask"]).loss,
+    "value_loss huber": lambda x: rlkern.value_loss(x["values"], x["rewards"], x["old"], x["mask"], huber_delta=0.5, scale=2.0).loss,
     "gae_whiten": lambda x: advantages.gae(x["rewards"], x["values"], x["mask"], 0.99, 0.95),
     "reinforce_plus_plus": lambda x: advantages.reinforce_plus_plus(x["rewards"], x["mask"], 0.99),
     "grpo": lambda x: advantages.grpo(x["rewards"], x["mask"], LABELS),

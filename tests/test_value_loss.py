@@ -15,6 +15,8 @@ from rlkern.aggregation import AGG_MODES
 from rlkern.testing import SHAPES, assert_within, mask_kinds, ragged_mask
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden" / "verl_0.9.1.json").read_text())
+OPENRLHF = json.loads((pathlib.Path(__file__).parent / "golden" / "openrlhf_0.11.2.json").read_text())["openrlhf_0.11.2"]
+HUBER = {"huber_delta": 0.75, "scale": 3.0}
 COUNTS = {"dp_size": 4, "batch_num_tokens": 100, "global_batch_size": 16, "loss_scale_factor": 7}
 
 
@@ -29,13 +31,19 @@ def agg(x, mask, mode, dp_size=1, batch_num_tokens=None, global_batch_size=None,
     return loss / (x.shape[-1] if loss_scale_factor is None else loss_scale_factor) if mode.endswith("norm") else loss
 
 
-def framework(vpreds, returns, values, mask, cliprange_value=0.5, loss_agg_mode="token-mean", **counts):
-    """verl's compute_value_loss, in the dtype it is given."""
-    error = (vpreds - returns).square()
+def framework(vpreds, returns, values, mask, cliprange_value=0.5, huber_delta=None, scale=1.0, loss_agg_mode="token-mean", **counts):
+    """verl's compute_value_loss, in the dtype it is given; AReaL's Huber loss, NeMo-RL's scale."""
+
+    def size(error):
+        if huber_delta is None:
+            return error.square()
+        return torch.where(error.abs() <= huber_delta, error.square(), 2 * huber_delta * (error.abs() - 0.5 * huber_delta))
+
+    error = size(vpreds - returns)
     if cliprange_value is not None:
         inside = torch.maximum(torch.minimum(vpreds, values + cliprange_value), values - cliprange_value)
-        error = torch.maximum(error, (inside - returns).square())
-    return 0.5 * agg(error, mask, loss_agg_mode, **counts)
+        error = torch.maximum(error, size(inside - returns))
+    return 0.5 * scale * agg(error, mask, loss_agg_mode, **counts)
 
 
 def batch(B, T, dtype=torch.float32, seed=0):
@@ -72,13 +80,35 @@ def test_value_loss_known_values(backend):
     torch.testing.assert_close(grad, torch.tensor(golden["grad"]), rtol=1e-6, atol=1e-7)
     metrics = rlkern.value_loss(inputs["values"], inputs["token_level_rewards"], old, inputs["mask"]).metrics
     assert metrics.as_dict()["critic/vf_clipfrac"] == pytest.approx(golden["clipfrac"], abs=1e-6)
+    for token_level in (True, False):
+        golden = OPENRLHF[f"value(old=values-.7adv,ret=rew,clip=.5,token_level={token_level})"]
+        mode = "token-mean" if token_level else "seq-mean-token-mean"
+        args = (inputs["values"], inputs["token_level_rewards"], old, inputs["mask"])
+        loss, grad = value_and_grad(rlkern.value_loss, *args, loss_agg_mode=mode)
+        torch.testing.assert_close(loss, torch.tensor(golden["loss"]), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(grad, torch.tensor(golden["grad"]), rtol=1e-6, atol=1e-7)
+
+
+def test_value_loss_known_values_of_huber_and_scale(backend):
+    # errors 1, 3 (beyond delta = 2), -1 and, clipped to 0.5 away from -1.5, -3.5 whose half square would be 6.125
+    v, r, old = torch.tensor([[1.0, 3.0, -1.0, -0.5]]), torch.tensor([[0.0, 0.0, 0.0, 1.5]]), torch.tensor([[1.0, 3.0, -1.0, -2.5]])
+    keywords = {"huber_delta": 2.0, "loss_agg_mode": "token-sum"}
+    loss, grad = value_and_grad(rlkern.value_loss, v, r, old, torch.ones(1, 4), **keywords)
+    assert loss.item() == pytest.approx(0.5 + 4.0 + 0.5 + 5.0)
+    assert grad.tolist() == [[1.0, 2.0, -1.0, 0.0]]
+    twice = value_and_grad(rlkern.value_loss, v, r, old, torch.ones(1, 4), scale=2.0, **keywords)
+    assert twice[0] == 2 * loss
+    assert torch.equal(twice[1], 2 * grad)
+    found = rlkern.value_loss(v, r, old, torch.ones(1, 4), scale=2.0, dp_size=torch.tensor(3), batch_num_tokens=4, **keywords)
+    assert found.loss == 6 * loss
+    assert found.metrics.field("vf_loss") == 6 * loss.double()
 
 
 @pytest.mark.parametrize("mode", AGG_MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_value_loss_matches_reference(backend, dtype, mode):
     *tensors, mask = batch(9, 83, dtype)
-    for keywords in ({}, COUNTS, {"cliprange_value": None}, {"cliprange_value": 0.0}):
+    for keywords in ({}, COUNTS, {"cliprange_value": None}, {"cliprange_value": 0.0}, HUBER, {"cliprange_value": None, **HUBER, **COUNTS}):
         keywords = {"loss_agg_mode": mode, **keywords}
         exact = framework(*(x.double() for x in tensors), mask, **keywords)
         loss = rlkern.value_loss(*tensors, mask, **keywords).loss
@@ -99,24 +129,26 @@ def test_value_loss_matches_reference_for_masks(backend, mask_dtype):
 def test_value_loss_grad_matches_reference(backend, dtype, mode):
     *tensors, mask = batch(9, 83, dtype)
     wide = [x.double() for x in tensors]
-    exact = value_and_grad(framework, *wide, mask, loss_agg_mode=mode)[1]
-    theirs = value_and_grad(framework, *tensors, mask, loss_agg_mode=mode)[1]
-    ours = value_and_grad(rlkern.value_loss, *tensors, mask, loss_agg_mode=mode)[1]
-    near = ((wide[0] - wide[2]).abs() - 0.5).abs() < 0.02
-    keep = ~near if dtype == torch.bfloat16 else torch.ones_like(near)  # a rounded bound may fall on the other side
-    assert ours.dtype == dtype
-    assert_within(ours[keep], theirs[keep], exact[keep], exact.abs(), mode)
+    for keywords in ({}, HUBER):
+        exact = value_and_grad(framework, *wide, mask, loss_agg_mode=mode, **keywords)[1]
+        theirs = value_and_grad(framework, *tensors, mask, loss_agg_mode=mode, **keywords)[1]
+        ours = value_and_grad(rlkern.value_loss, *tensors, mask, loss_agg_mode=mode, **keywords)[1]
+        near = ((wide[0] - wide[2]).abs() - 0.5).abs() < 0.02
+        keep = ~near if dtype == torch.bfloat16 else torch.ones_like(near)  # a rounded bound may fall on the other side
+        assert ours.dtype == dtype
+        assert_within(ours[keep], theirs[keep], exact[keep], exact.abs(), mode)
 
 
 @pytest.mark.parametrize("mode", AGG_MODES)
 def test_value_loss_gradcheck(backend, mode):
     v, r, old, mask = batch(3, 9, torch.float64)
+    for keywords in ({}, HUBER, {"cliprange_value": None, **HUBER}):
 
-    def loss(v):
-        return rlkern.value_loss(v, r, old, mask, loss_agg_mode=mode).loss
+        def loss(v, keywords=keywords):
+            return rlkern.value_loss(v, r, old, mask, loss_agg_mode=mode, **keywords).loss
 
-    assert torch.autograd.gradcheck(loss, (v.requires_grad_(),))
-    assert torch.autograd.gradgradcheck(loss, (v,))
+        assert torch.autograd.gradcheck(loss, (v.requires_grad_(),))
+        assert torch.autograd.gradgradcheck(loss, (v,))
 
 
 def test_value_loss_ignores_masked(backend):
@@ -132,8 +164,9 @@ def test_value_loss_ignores_masked(backend):
     for which in range(3):
         shown = [x.clone() for x in tensors]
         shown[which][1, 3] = torch.nan
-        for clip in (math.inf, 0.5):
-            loss, grad = value_and_grad(rlkern.value_loss, *shown, torch.ones(6, 83), cliprange_value=clip)
+        for clip, delta in ((math.inf, None), (0.5, None), (0.5, 0.75)):
+            keywords = {"cliprange_value": clip, "huber_delta": delta}
+            loss, grad = value_and_grad(rlkern.value_loss, *shown, torch.ones(6, 83), **keywords)
             assert loss.isnan()
             assert grad.isnan().nonzero().tolist() == [[1, 3]]
         assert rlkern.value_loss(*shown, torch.ones(6, 83)).metrics.field("nonfinite").item() == 1
@@ -181,6 +214,8 @@ def test_value_loss_properties(B, T, seed):
     plain = rlkern.value_loss(*tensors, mask, cliprange_value=None).loss
     assert loss >= plain - 1e-12
     torch.testing.assert_close(rlkern.value_loss(*tensors, mask, cliprange_value=math.inf).loss, plain)
+    torch.testing.assert_close(rlkern.value_loss(*tensors, mask, huber_delta=math.inf).loss, loss)
+    assert rlkern.value_loss(*tensors, mask, huber_delta=0.5).loss <= loss
     torch.testing.assert_close(plain, 0.5 * ((tensors[0] - tensors[1]).square() * mask).sum() / mask.sum())
 
 
@@ -188,6 +223,10 @@ def test_value_loss_rejects(backend):
     v, r, old, mask = batch(2, 5)
     with pytest.raises(ValueError, match=r"rlkern\.value_loss: cliprange_value must be in"):
         rlkern.value_loss(v, r, old, mask, cliprange_value=-1.0)
+    with pytest.raises(ValueError, match=r"rlkern\.value_loss: huber_delta must be in"):
+        rlkern.value_loss(v, r, old, mask, huber_delta=0.0)
+    with pytest.raises(ValueError, match=r"rlkern\.value_loss: scale must be in"):
+        rlkern.value_loss(v, r, old, mask, scale=-1.0)
     with pytest.raises(ValueError, match=r"rlkern\.value_loss: values must be given with cliprange_value"):
         rlkern.value_loss(v, r, None, mask)
     with pytest.raises(TypeError, match=r"rlkern\.value_loss: returns must be a torch\.Tensor"):
@@ -207,7 +246,21 @@ def test_value_loss_rejects(backend):
 def test_value_loss_registers(backend_number):
     v, r, old, mask = batch(3, 20)
     nan = float("nan")
-    args = (v, r, old, mask, None, None, 0.5, "seq-mean-token-mean", [1.0, nan, nan, nan], torch.float32, [True, True], backend_number)
+    args = (
+        v,
+        r,
+        old,
+        mask,
+        None,
+        None,
+        0.5,
+        math.inf,
+        "seq-mean-token-mean",
+        [1.0, nan, nan, nan],
+        torch.float32,
+        [True, True],
+        backend_number,
+    )
     torch.library.opcheck(torch.ops.rlkern._value_loss_fwd.default, args)
 
     def step(v):

@@ -9,43 +9,54 @@ namespace rlkern {
 namespace RLKERN_ISA {
 namespace {
 
-template <class A, Kl E>
+template <class A, Kl E, bool Weighted>
 void value_piece(const KlArgs& a, const Rows& rows, int64_t r, int64_t begin, int64_t end, bool stream) {
-  const Column<A> log_prob(a.log_prob, rows, r), ref_log_prob(a.ref_log_prob, rows, r);
+  const Column<A> log_prob(a.log_prob, rows, r), ref_log_prob(a.ref_log_prob, rows, r), old_log_prob(a.old_log_prob, rows, r);
   const OutColumn<A> kl(a.kl, rows, r, stream);
   const KlRange<Vec<A>> range(a.options);
-  const bool direct = log_prob.direct() && ref_log_prob.direct() && kl.direct();
+  const Vec<A> most = splat(A(a.weight_max));
+  const bool direct = log_prob.direct() && ref_log_prob.direct() && old_log_prob.direct() && kl.direct();
   for_lanes<A, false>(end - begin, direct, [&](auto way, int64_t k, int64_t n) RLKERN_INLINE {
     const int64_t i = begin + k;
-    kl(way, i, n, kl_value<E>(log_prob(way, i, n), ref_log_prob(way, i, n), range));
+    const Vec<A> x = log_prob(way, i, n), ref = ref_log_prob(way, i, n);
+    if constexpr (Weighted) kl(way, i, n, kl_weighted_value<E>(x, ref, old_log_prob(way, i, n), most, range));
+    else kl(way, i, n, kl_value<E>(x, ref, range));
   });
 }
 
-template <class A, Kl E>
+template <class A, Kl E, bool Weighted>
 void grad_piece(const KlArgs& a, const Rows& rows, int64_t r, int64_t begin, int64_t end, bool stream) {
-  const Column<A> log_prob(a.log_prob, rows, r), ref_log_prob(a.ref_log_prob, rows, r), grad(a.grad, rows, r);
+  const Column<A> log_prob(a.log_prob, rows, r), ref_log_prob(a.ref_log_prob, rows, r), old_log_prob(a.old_log_prob, rows, r), grad(a.grad, rows, r);
   const OutColumn<A> d_log_prob(a.d_log_prob, rows, r, stream), d_ref_log_prob(a.d_ref_log_prob, rows, r, stream);
   const KlRange<Vec<A>> range(a.options);
-  const bool direct = log_prob.direct() && ref_log_prob.direct() && grad.direct() && d_log_prob.direct() && d_ref_log_prob.direct();
+  const Vec<A> most = splat(A(a.weight_max));
+  const bool plus = a.options.straight_through,
+             direct = log_prob.direct() && ref_log_prob.direct() && old_log_prob.direct() && grad.direct() && d_log_prob.direct() && d_ref_log_prob.direct();
   for_lanes<A, false>(end - begin, direct, [&](auto way, int64_t k, int64_t n) RLKERN_INLINE {
     const int64_t i = begin + k;
-    const Vec<A> slope = kl_grad<E>(log_prob(way, i, n), ref_log_prob(way, i, n), range, a.options.straight_through);
-    const Vec<A> d = grad(way, i, n) * slope;
-    d_log_prob(way, i, n, d);
-    d_ref_log_prob(way, i, n, -d);
+    const Vec<A> x = log_prob(way, i, n), ref = ref_log_prob(way, i, n), g = grad(way, i, n);
+    if constexpr (Weighted) {
+      const auto slopes = kl_weighted_grads<E>(x, ref, old_log_prob(way, i, n), most, range, plus);
+      d_log_prob(way, i, n, g * slopes.log_prob);
+      d_ref_log_prob(way, i, n, g * slopes.ref_log_prob);
+    } else {
+      const Vec<A> d = g * kl_grad<E>(x, ref, range, plus);
+      d_log_prob(way, i, n, d);
+      d_ref_log_prob(way, i, n, -d);
+    }
   });
 }
 
-template <class A>
+template <class A, bool Weighted>
 void kl_all(const KlArgs& a) {
   const Rows rows{a.log_prob.rows, a.log_prob.cols, nullptr};
-  const Chunks chunks(one_row_if_gapless(rows, a.log_prob, a.ref_log_prob, a.kl, a.grad, a.d_log_prob, a.d_ref_log_prob));
-  const bool stream = worth_streaming(rows.total(), a.grad ? 20 : 12);
+  const Chunks chunks(one_row_if_gapless(rows, a.log_prob, a.ref_log_prob, a.old_log_prob, a.kl, a.grad, a.d_log_prob, a.d_ref_log_prob));
+  const bool stream = worth_streaming(rows.total(), (a.grad ? 20 : 12) + (Weighted ? 4 : 0));
   with_estimator(a.options.estimator, [&](auto e) {
     constexpr Kl E = decltype(e)::value;
     chunks.each(a.threads, [&](int64_t c) {
       chunks.pieces(c, [&](int64_t r, int64_t begin, int64_t end) {
-        a.grad ? grad_piece<A, E>(a, chunks.rows, r, begin, end, stream) : value_piece<A, E>(a, chunks.rows, r, begin, end, stream);
+        a.grad ? grad_piece<A, E, Weighted>(a, chunks.rows, r, begin, end, stream) : value_piece<A, E, Weighted>(a, chunks.rows, r, begin, end, stream);
       });
       if (stream) stream_fence();
     });
@@ -114,7 +125,9 @@ bool wide(const Operand& a, const Operand& b, const Operand& c) { return a.dtype
 }  // namespace
 
 double kl(const KlArgs& a) {
-  wide(a.log_prob, a.ref_log_prob, a.grad) ? kl_all<double>(a) : kl_all<float>(a);
+  const bool wider = wide(a.log_prob, a.ref_log_prob, a.grad) || a.old_log_prob.dtype == Dtype::f64;
+  if (a.old_log_prob) wider ? kl_all<double, true>(a) : kl_all<float, true>(a);
+  else wider ? kl_all<double, false>(a) : kl_all<float, false>(a);
   return 0;
 }
 double shape_rewards(const RewardArgs& a) {

@@ -15,7 +15,7 @@ RLKERN_RARE int64_t value_nonfinite(const ValueLossArgs& a, int64_t r) {
   int64_t found = 0;
   for (int64_t i = 0; i < a.rows.len(r); ++i) {
     if (!mask.lanes<kLanes<A>>(i, 1)) continue;
-    const A term = value_token<A>(vpreds(i, 1)[0], returns(i, 1)[0], values ? values(i, 1)[0] : A(0), A(a.range)).loss;
+    const A term = value_token<A>(vpreds(i, 1)[0], returns(i, 1)[0], values ? values(i, 1)[0] : A(0), A(a.range), A(a.delta)).loss;
     found += term - term == 0 ? 0 : 1;
   }
   return found;
@@ -27,7 +27,7 @@ void value_row(const ValueLossArgs& a, int64_t r, A weight, const uint16_t* kept
   const Column<A> vpreds(a.vpreds, a.rows, r), returns(a.returns, a.rows, r), values(a.values, a.rows, r);
   const MaskRow mask(a.mask, a.rows, r);
   const OutColumn<A> d_vpreds(a.d_vpreds, a.rows, r, stream);
-  const V zero{}, g = splat(weight), range = splat(A(a.range));
+  const V zero{}, g = splat(weight), range = splat(A(a.range)), delta = splat(A(a.delta));
   V high{};
   Sum<A> loss, predictions;
   Count<A> clipped;
@@ -37,7 +37,7 @@ void value_row(const ValueLossArgs& a, int64_t r, A weight, const uint16_t* kept
     const uint32_t m = kept ? kept[i / W] : mask.template lanes<W>(way, i, n);
     if (m == 0) return d_vpreds(way, i, n, zero);
     const V vpred = vpreds.valid(way, i, n, m), ret = returns.valid(way, i, n, m);
-    const auto t = value_token(vpred, ret, values ? values.valid(way, i, n, m) : zero, range);
+    const auto t = value_token(vpred, ret, values ? values.valid(way, i, n, m) : zero, range, delta);
     d_vpreds(way, i, n, m == kAllLanes<A> ? t.grad * g : blend(m, t.grad * g, zero));
     loss.add(t.loss), predictions.add(vpred);
     const V error = vpred - ret, size = error < zero ? -error : error;

@@ -51,6 +51,34 @@ RLKERN_HD V kl_grad(V log_prob, V ref_log_prob, const KlRange<V>& range, bool st
   return outside ? zero : kl_raw_grad<E>(d, range.bounded);
 }
 
+// w * KL with the importance weight w = min(exp(log_prob - old_log_prob), most), before the value's clamp.
+template <class V>
+RLKERN_HD V importance_weight(V log_prob, V old_log_prob, V most) {
+  return Ops<V>::at_most(exp_of(log_prob - old_log_prob), most);
+}
+template <Kl E, class V>
+RLKERN_HD V kl_weighted_value(V log_prob, V ref_log_prob, V old_log_prob, V most, const KlRange<V>& range) {
+  const V d = clamped(ref_log_prob - log_prob, range.ratio_low, range.ratio_high);
+  return clamped(importance_weight(log_prob, old_log_prob, most) * kl_raw<E>(d, range.bounded), range.value_low, range.value_high);
+}
+
+// The weight passes gradient where `most` does not bite; of a straight-through form it is a factor alone.
+template <class V>
+struct KlGrads {
+  V log_prob, ref_log_prob;
+};
+template <Kl E, class V>
+RLKERN_HD KlGrads<V> kl_weighted_grads(V log_prob, V ref_log_prob, V old_log_prob, V most, const KlRange<V>& range, bool straight_through) {
+  const V raw = ref_log_prob - log_prob, zero = constant<V>(0), free = exp_of(log_prob - old_log_prob), w = Ops<V>::at_most(free, most);
+  if (straight_through) return {w * -raw, w * raw};
+  const V d = clamped(raw, range.ratio_low, range.ratio_high), kl = kl_raw<E>(d, range.bounded), value = w * kl;
+  const V slope = kl_raw_grad<E>(d, range.bounded);
+  const V sum = E == Kl::k3 ? -d : slope + kl;  // of k3 without the cancellation
+  const V both = free > most ? slope : sum;
+  const auto outside = (raw < range.ratio_low) | (raw > range.ratio_high) | (value < range.value_low) | (value > range.value_high);
+  return {outside ? zero : w * both, outside ? zero : w * -slope};
+}
+
 // f.template operator()<E>() for the estimator chosen at run time: the choice stays outside the loops.
 template <class F>
 __attribute__((always_inline)) inline auto with_estimator(Kl e, F&& f) {

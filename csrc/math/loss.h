@@ -219,20 +219,23 @@ RLKERN_HD double vespo_weight(double total, double k, double lam) {
 }
 
 // ---- value ---------------------------------------------------------------------------------------------------------
-// l = max((v - R)^2, (clip(v, V - c, V + c) - R)^2) / 2; c infinite: half the squared error.
+// l = max((v - R)^2, (clip(v, V - c, V + c) - R)^2) / 2; c infinite: half the squared error. Huber's delta: beyond an error of
+// that size e^2 / 2 goes on as its tangent.
 template <class V, class Test>
 struct ValueToken {
   V loss, grad;
   Test clipped;
 };
 template <class V>
-RLKERN_HD auto value_token(V vpred, V ret, V value, V range) {
+RLKERN_HD auto value_token(V vpred, V ret, V value, V range, V delta) {
   const V zero = constant<V>(0), half = constant<V>(0.5);
   const V clamp = clamped(vpred, value - range, value + range), inside = value != value ? value : clamp;
   const V error = vpred - ret, other = inside - ret, plain = error * error, clip = other * other;
   using Test = decltype(clip > plain);
   const Test clipped = clip > plain, moved = (inside < vpred) | (inside > vpred), tie = (clip == plain) & moved;
-  const V full = tie ? half * error : error, grad = (clipped & moved) ? zero : full, loss = half * (clipped ? clip : plain);
+  const V bound = clamped(error, -delta, delta), full = tie ? half * bound : bound, grad = (clipped & moved) ? zero : full;
+  const V square = clipped ? clip : plain, size = Ops<V>::magnitude(clipped ? other : error);
+  const V loss = size > delta ? delta * (size - half * delta) : half * square;
   const Test lost = clip != clip;
   return ValueToken<V, Test>{lost ? clip : loss, lost ? clip : grad, clipped};
 }

@@ -3,38 +3,76 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 from torch import Tensor
 
 
-def kl_value(log_prob: Tensor, ref_log_prob: Tensor, kl: str, kl_range: list[float]) -> Tensor:
-    """d = ref - log_prob, clamped; k1: -d, abs: |d|, k2: d^2 / 2, k3: exp(d) - 1 - d; the value clamped."""
+def kl_value(log_prob: Tensor, ref_log_prob: Tensor, kl: str, kl_range: list[float], weight: Tensor | None = None) -> Tensor:
+    """d = ref - log_prob, clamped; k1: -d, abs: |d|, k2: d^2 / 2, k3: exp(d) - 1 - d; times the weight; the value clamped."""
     ratio_low, ratio_high, value_low, value_high = kl_range
     d = (ref_log_prob - log_prob).clamp(ratio_low, ratio_high)
-    return _raw(d, kl.removesuffix("+")).clamp(value_low, value_high)
+    value = _raw(d, kl.removesuffix("+"))
+    return (value if weight is None else weight * value).clamp(value_low, value_high)
 
 
 def kl_grad(log_prob: Tensor, ref_log_prob: Tensor, kl: str, kl_range: list[float]) -> Tensor:
     """d kl_value / d log_prob; a clamp passes it on its closed interval, "+" takes k2's everywhere. A NaN shows."""
-    ratio_low, ratio_high, value_low, value_high = kl_range
     raw = ref_log_prob - log_prob
     if kl.endswith("+"):
         return -raw
-    d = raw.clamp(ratio_low, ratio_high)
-    value = _raw(d, kl)
-    grad = torch.ones_like(d) if kl == "k1" else -d.sign() if kl == "abs" else -d if kl == "k2" else -torch.expm1(d)
-    outside = (raw < ratio_low) | (raw > ratio_high) | (value < value_low) | (value > value_high)
-    grad = torch.where(outside, torch.zeros_like(grad), grad)
-    return torch.where(d.isnan(), d, grad)
+    d = raw.clamp(*kl_range[:2])
+    grad = _raw_grad(d, kl)
+    return torch.where(_outside(raw, _raw(d, kl), kl_range), torch.zeros_like(grad), grad)
 
 
-def kl_smooth(log_prob: Tensor, ref_log_prob: Tensor, kl: str, kl_range: list[float]) -> Tensor:
-    """What autograd may differentiate twice in place of the value: the value itself, for "+" k2."""
+def importance_weight(log_prob: Tensor, old_log_prob: Tensor, weight_max: float) -> Tensor:
+    return (log_prob - old_log_prob).exp().clamp(max=weight_max)
+
+
+def weighted_grads(
+    log_prob: Tensor, ref_log_prob: Tensor, old_log_prob: Tensor, kl: str, kl_range: list[float], weight_max: float
+) -> tuple[Tensor, Tensor]:
+    """d (weight * value) / d log_prob and d ref_log_prob; the weight has a gradient up to weight_max. "+": weight * k2's."""
+    raw, w = ref_log_prob - log_prob, importance_weight(log_prob, old_log_prob, weight_max)
     if kl.endswith("+"):
-        return 0.5 * (log_prob - ref_log_prob).square()
-    return kl_value(log_prob, ref_log_prob, kl, kl_range)
+        return w * -raw, w * raw
+    d = raw.clamp(*kl_range[:2])
+    value, slope = _raw(d, kl), _raw_grad(d, kl)
+    both = -d if kl == "k3" else slope + value  # k3: 1 - exp(d) and exp(d) - 1 - d together, without the cancellation
+    both = torch.where((log_prob - old_log_prob).exp() > weight_max, slope, both)
+    outside, zero = _outside(raw, w * value, kl_range), torch.zeros_like(w)
+    return torch.where(outside, zero, w * both), torch.where(outside, zero, w * -slope)
+
+
+def kl_smooth(
+    log_prob: Tensor,
+    ref_log_prob: Tensor,
+    kl: str,
+    kl_range: list[float],
+    old_log_prob: Tensor | None = None,
+    weight_max: float = math.inf,
+) -> Tensor:
+    """What autograd may differentiate twice in place of the value: the value itself, for "+" k2, its weight detached."""
+    weight = None if old_log_prob is None else importance_weight(log_prob, old_log_prob, weight_max)
+    if kl.endswith("+"):
+        value = 0.5 * (log_prob - ref_log_prob).square()
+        return value if weight is None else weight.detach() * value
+    if weight is not None:
+        raw = ref_log_prob - log_prob
+        weight = torch.where((raw < kl_range[0]) | (raw > kl_range[1]), weight.detach(), weight)
+    return kl_value(log_prob, ref_log_prob, kl, kl_range, weight)
+
+
+def _outside(raw: Tensor, value: Tensor, kl_range: list[float]) -> Tensor:
+    return (raw < kl_range[0]) | (raw > kl_range[1]) | (value < kl_range[2]) | (value > kl_range[3])
+
+
+def _raw_grad(d: Tensor, name: str) -> Tensor:
+    grad = torch.ones_like(d) if name == "k1" else -d.sign() if name == "abs" else -d if name == "k2" else -torch.expm1(d)
+    return torch.where(d.isnan(), d, grad)
 
 
 def _raw(d: Tensor, name: str) -> Tensor:
@@ -56,21 +94,38 @@ def wide(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
-def kl_penalty(log_prob: Tensor, ref_log_prob: Tensor, kl: str, kl_range: list[float]) -> Tensor:
+def kl_penalty(
+    log_prob: Tensor, ref_log_prob: Tensor, old_log_prob: Tensor | None, kl: str, kl_range: list[float], weight_max: float
+) -> Tensor:
     """The raw op `_kl_penalty_fwd`."""
-    dtype = wide(log_prob, ref_log_prob)
-    value = kl_value(log_prob.to(dtype), ref_log_prob.to(dtype), kl, kl_range)
-    return value.to(torch.promote_types(log_prob.dtype, ref_log_prob.dtype))
+    given = [x for x in (log_prob, ref_log_prob, old_log_prob) if x is not None]
+    dtype = wide(*given)
+    log_prob, ref_log_prob, *old = (x.to(dtype) for x in given)
+    weight = importance_weight(log_prob, old[0], weight_max) if old else None
+    value = kl_value(log_prob, ref_log_prob, kl, kl_range, weight)
+    return value.to(functools.reduce(torch.promote_types, (x.dtype for x in given)))
 
 
 def kl_penalty_bwd(
-    grad: Tensor, log_prob: Tensor, ref_log_prob: Tensor, kl: str, kl_range: list[float], needs: list[bool]
+    grad: Tensor,
+    log_prob: Tensor,
+    ref_log_prob: Tensor,
+    old_log_prob: Tensor | None,
+    kl: str,
+    kl_range: list[float],
+    weight_max: float,
+    needs: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    """The raw op `_kl_penalty_bwd`: (d_log_prob, d_ref_log_prob = -d_log_prob), empty where not needed."""
-    dtype = wide(grad, log_prob, ref_log_prob)
-    d = grad.to(dtype) * kl_grad(log_prob.to(dtype), ref_log_prob.to(dtype), kl, kl_range)
+    """The raw op `_kl_penalty_bwd`: (d_log_prob, d_ref_log_prob), empty where not needed."""
+    dtype = wide(grad, log_prob, ref_log_prob, old_log_prob)
+    x, ref, g = log_prob.to(dtype), ref_log_prob.to(dtype), grad.to(dtype)
+    if old_log_prob is None:
+        d = g * kl_grad(x, ref, kl, kl_range)
+        d_ref = -d
+    else:
+        d, d_ref = (g * slope for slope in weighted_grads(x, ref, old_log_prob.to(dtype), kl, kl_range, weight_max))
     d_log_prob = d.to(log_prob.dtype) if needs[0] else log_prob.new_empty(0)
-    return d_log_prob, (-d).to(ref_log_prob.dtype) if needs[1] else ref_log_prob.new_empty(0)
+    return d_log_prob, d_ref.to(ref_log_prob.dtype) if needs[1] else ref_log_prob.new_empty(0)
 
 
 def last_valid(mask: Tensor, cu: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -14,17 +14,24 @@ from rlkern.reference.kl import wide
 
 
 # ---- one token ------------------------------------------------------------------------------------------------------
-def value_terms(vpreds: Tensor, returns: Tensor, values: Tensor | None, clip: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, d loss / d vpreds, clipped); without values half the squared error."""
+def huber(error: Tensor, delta: float) -> Tensor:
+    """error^2 / 2 up to an error of size delta, its tangent beyond."""
+    half = 0.5 * error.square()
+    return half if delta == math.inf else torch.where(error.abs() > delta, delta * (error.abs() - 0.5 * delta), half)
+
+
+def value_terms(vpreds: Tensor, returns: Tensor, values: Tensor | None, clip: float, delta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, d loss / d vpreds, clipped); without values half the squared error, or Huber's."""
     error = vpreds - returns
+    slope = error.clamp(-delta, delta)
     if values is None:
-        return 0.5 * error.square(), error, torch.zeros_like(error, dtype=torch.bool)
+        return huber(error, delta), slope, torch.zeros_like(error, dtype=torch.bool)
     inside = torch.maximum(torch.minimum(vpreds, values + clip), values - clip)
     plain, clipped_term = error.square(), (inside - returns).square()
     clipped, moved = clipped_term > plain, inside != vpreds
-    grad = torch.where((clipped_term == plain) & moved, 0.5 * error, error)
+    grad = torch.where((clipped_term == plain) & moved, 0.5 * slope, slope)
     grad = torch.where(clipped & moved, torch.zeros_like(grad), grad)
-    loss = 0.5 * torch.maximum(plain, clipped_term)
+    loss = torch.maximum(huber(error, delta), huber(inside - returns, delta))
     return loss, torch.where(loss.isnan(), loss, grad), clipped
 
 
@@ -100,6 +107,7 @@ def value_loss(
     counts: Tensor | None,
     cu_seqlens: Tensor | None,
     clip: float,
+    delta: float,
     mode: str,
     numbers: list[float],
     loss_dtype: torch.dtype,
@@ -108,7 +116,7 @@ def value_loss(
     """The raw op `_value_loss_fwd`: (loss, sums, maxes, d_vpreds)."""
     ids, valid, dtype = row_ids(vpreds, cu_seqlens), mask != 0, wide(vpreds, returns, values)
     v, r = select(valid, vpreds, dtype), select(valid, returns, dtype)
-    value, grad, clipped = value_terms(v, r, None if values is None else select(valid, values, dtype), clip)
+    value, grad, clipped = value_terms(v, r, None if values is None else select(valid, values, dtype), clip, delta)
     n = row_sums(valid, ids, cu_seqlens)
     row_weight, scale = agg_weights(mode, n, numbers, counts)
     value = select(valid, value, dtype)
@@ -124,10 +132,10 @@ def value_loss(
 def value_loss_smooth(vpreds: Tensor, others: Sequence[Any], settings: Sequence[Any]) -> Tensor:
     """The loss as autograd may differentiate it twice."""
     returns, values, mask, counts, cu = others
-    clip, mode, numbers, _ = settings
+    clip, delta, mode, numbers, _ = settings
     ids, valid, dtype = row_ids(vpreds, cu), mask != 0, wide(vpreds, returns, values)
     v, r = select(valid, vpreds, dtype), select(valid, returns, dtype)
-    value = value_terms(v, r, None if values is None else select(valid, values, dtype), clip)[0]
+    value = value_terms(v, r, None if values is None else select(valid, values, dtype), clip, delta)[0]
     row_weight, scale = agg_weights(mode, row_sums(valid, ids, cu), numbers, counts)
     return (row_sums(select(valid, value, dtype), ids, cu) * row_weight).sum() * scale
 
