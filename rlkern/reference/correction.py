@@ -174,7 +174,7 @@ def importance_weights(
         filtered, weight = (stat < low) | (stat > high), weight.clamp(low, high)
     else:
         filtered = ~((stat >= low) & (stat <= high))
-        dropped = filtered if filtered.shape == weight.shape else b.spread(filtered)
+        dropped = filtered if per_row or unit == "token" else b.spread(filtered)
         weight = torch.where(dropped, torch.zeros_like(weight), weight)
     if nan == "drop":
         weight = torch.where(weight.isfinite(), weight, torch.zeros_like(weight))
