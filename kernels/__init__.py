@@ -22,6 +22,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "group_advantage": ("_group_advantage_fwd",),
     "loss": ("_policy_loss_fwd", "_scale_fwd"),
     "value_loss": ("_value_loss_fwd",),
+    "correction": ("_rollout_correction_fwd",),
+    "importance_weights": ("_importance_weights_fwd",),
 }
 _FAMILY_OF = {op: family for family, ops in FAMILIES.items() for op in ops}
 
