@@ -235,6 +235,51 @@ struct ScaleArgs {
   int threads;
 };
 
+// ---- rollout correction ---------------------------------------------------------------------------------------------
+// `table` is (fields, rows) float64, its lines in the order of FIELDS in rlkern/reference/correction.py.
+enum class WeightLevel : int32_t { none, token, sequence };
+enum class RejectBy : int32_t { token, sum, mean, max };
+struct Rejection {
+  RejectBy by;
+  int k;  // 1, 2, 3
+  double low, high;
+};
+// clang-format off
+enum CorrectionField {
+  kRTokens, kROld, kRRollout, kRK3, kRExcess, kRExcess2, kRKept, kRRatio, kRW, kRW2, kRWHigh, kRWLow, kRWMax, kRWMin, kRByK
+};
+// clang-format on
+enum CorrectionByK { kKSum, kKMax, kKMin, kKClamped, kKClamped2, kKHigh, kKLow, kKKept, kByK };  // three times, from kRByK on
+constexpr int kCorrectionFields = kRByK + 3 * kByK, kMaxRejections = 11;
+struct CorrectionArgs {
+  Rows rows;
+  Operand old_log_prob, rollout_log_prob, mask;
+  Operand weights, modified, table;  // modified: the mask, 0 where rejected
+  WeightLevel level;
+  bool icepop;
+  double low, high;
+  int options;
+  Rejection option[kMaxRejections];
+  int threads;
+};
+
+enum class Gating : int32_t { ratio, binary_kl, tv };
+enum class GateUnit : int32_t { token, mean, sum };
+enum class OnNan : int32_t { show, one, drop };
+enum WeightField { kWTokens, kWLogRatio, kWStatistic, kWFiltered };
+struct ImportanceArgs {
+  Rows rows;
+  Operand old_log_prob, rollout_log_prob, mask;
+  Operand weights, table;  // per_row: one weight a row
+  Gating gating;
+  GateUnit unit;
+  bool per_row, clip;
+  double low, high;
+  OnNan nan;
+  double padding;
+  int threads;
+};
+
 // ---- whiten: one row of statistics a row (by_row), or one for all rows --------------------------------------------------
 enum class Reduce : int32_t { sum, mean, var, moments };
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The Python module: each function takes a raw op's arguments in the order of its schema (rlkern/library.py), then its
 // outputs, then the thread count.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <string>
@@ -210,6 +211,36 @@ double value_loss_fwd(Tokens vpreds, Tokens returns, Tokens values, Tokens mask,
 }
 double scale_fwd(Tokens x, Tokens factor, py::handle, Tokens out, int threads) { return run(&Kernels::scale, ScaleArgs{x, factor, out, threads}); }
 
+// ---- rollout correction --------------------------------------------------------------------------------------------
+// "token_k1,seq_mean_k3" and two limits each.
+int rejections(const std::string& options, const std::vector<double>& limits, Rejection (&found)[kMaxRejections]) {
+  int count = 0;
+  for (size_t begin = 0; begin < options.size();) {
+    const size_t end = std::min(options.find(',', begin), options.size());
+    const std::string name = options.substr(begin, end - begin), by = name.substr(0, name.size() - std::min<size_t>(name.size(), 3));
+    const size_t at = 2 * static_cast<size_t>(count);
+    const int k = name.empty() ? 0 : name.back() - '0';
+    if (count == kMaxRejections || at + 1 >= limits.size() || k < 1 || k > 3) throw py::value_error("rlkern._C: options and limits do not fit");
+    const RejectBy kind = by == "token" ? RejectBy::token : by == "seq_sum" ? RejectBy::sum : by == "seq_mean" ? RejectBy::mean : RejectBy::max;
+    found[count++] = {kind, k, limits[at], limits[at + 1]};
+    begin = end + 1;
+  }
+  return count;
+}
+double rollout_correction_fwd(Tokens old_log_prob, Tokens rollout_log_prob, Tokens mask, Packed packed, WeightLevel level, bool icepop,
+                              const std::array<double, 2>& range, const std::string& options, const std::vector<double>& limits, py::handle, Tokens weights,
+                              Tokens modified, Tokens table, int threads) {
+  CorrectionArgs a{
+      rows_of(old_log_prob, packed), old_log_prob, rollout_log_prob, mask, weights, modified, table, level, icepop, range[0], range[1], 0, {}, threads};
+  a.options = rejections(options, limits, a.option);
+  return run(&Kernels::rollout_correction, a);
+}
+double importance_weights_fwd(Tokens old_log_prob, Tokens rollout_log_prob, Tokens mask, Packed packed, Gating gating, GateUnit unit, bool per_row, bool clip,
+                              const std::array<double, 2>& bounds, OnNan nan, double padding, py::handle, Tokens weights, Tokens table, int threads) {
+  return run(&Kernels::importance_weights, ImportanceArgs{rows_of(old_log_prob, packed), old_log_prob, rollout_log_prob, mask, weights, table, gating, unit,
+                                                          per_row, clip, bounds[0], bounds[1], nan, padding, threads});
+}
+
 // ---- whiten ----------------------------------------------------------------------------------------------------------
 template <Reduce kind>
 double masked_reduce(Tokens values, Tokens mask, Packed packed, bool by_row, bool unbiased, bool, Tokens result, Tokens moments, int threads) {
@@ -289,6 +320,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("_policy_select_fwd", policy_select_fwd);
   m.def("_value_loss_fwd", value_loss_fwd);
   m.def("_scale_fwd", scale_fwd);
+  m.def("_rollout_correction_fwd", rollout_correction_fwd);
+  m.def("_importance_weights_fwd", importance_weights_fwd);
   m.def("_masked_sum_fwd", masked_reduce<Reduce::sum>);
   m.def("_masked_sum_bwd", masked_reduce_bwd<Reduce::sum>);
   m.def("_masked_mean_fwd", masked_reduce<Reduce::mean>);

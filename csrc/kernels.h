@@ -23,6 +23,8 @@
   X(policy_select, PolicySelectArgs)             \
   X(value_loss, ValueLossArgs)                   \
   X(scale, ScaleArgs)                            \
+  X(rollout_correction, CorrectionArgs)          \
+  X(importance_weights, ImportanceArgs)          \
   X(masked_reduce, ReduceArgs)                   \
   X(masked_reduce_bwd, ReduceGradArgs)           \
   X(whiten_fwd, WhitenArgs)                      \

@@ -222,6 +222,26 @@ struct type_caster<rlkern::Singleton> {
   bool load(handle h, bool) { return rlkern::word(h, {"raw", "zero", "nan"}, value); }
 };
 template <>
+struct type_caster<rlkern::WeightLevel> {
+  PYBIND11_TYPE_CASTER(rlkern::WeightLevel, const_name("str"));
+  bool load(handle h, bool) { return rlkern::word(h, {"", "token", "sequence"}, value); }
+};
+template <>
+struct type_caster<rlkern::Gating> {
+  PYBIND11_TYPE_CASTER(rlkern::Gating, const_name("str"));
+  bool load(handle h, bool) { return rlkern::word(h, {"ratio", "binary_kl", "tv"}, value); }
+};
+template <>
+struct type_caster<rlkern::GateUnit> {
+  PYBIND11_TYPE_CASTER(rlkern::GateUnit, const_name("str"));
+  bool load(handle h, bool) { return rlkern::word(h, {"token", "mean", "sum"}, value); }
+};
+template <>
+struct type_caster<rlkern::OnNan> {
+  PYBIND11_TYPE_CASTER(rlkern::OnNan, const_name("str"));
+  bool load(handle h, bool) { return rlkern::word(h, {"show", "one", "drop"}, value); }
+};
+template <>
 struct type_caster<rlkern::Agg> {
   PYBIND11_TYPE_CASTER(rlkern::Agg, const_name("str"));
   bool load(handle h, bool) {

@@ -24,6 +24,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "policy": ("_policy_variant_fwd",),
     "policy_select": ("_policy_select_fwd",),
     "value_loss": ("_value_loss_fwd",),
+    "correction": ("_rollout_correction_fwd",),
+    "importance_weights": ("_importance_weights_fwd",),
 }
 _FAMILY_OF = {op: family for family, ops in FAMILIES.items() for op in ops}
 

@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+// Rollout correction of one token: the ratio of the two policies with its divergences, the weight, a gate's term. Nothing here
+// is differentiated.
+#pragma once
+#include "../args.h"
+#include "math.h"
+
+namespace rlkern {
+namespace RLKERN_ISA {
+
+constexpr double kSafety = 20;  // verl's bound on a log-ratio before the exponential
+
+// q = clamp(log-ratio), e = exp(q), k3 = exp(q) - 1 - q: one polynomial for both.
+template <class V>
+struct RatioTerms {
+  V q, e, k3;
+};
+template <class V>
+RLKERN_HD RatioTerms<V> ratio_terms(V q) {  // |q| <= 20
+  if constexpr (Ops<V>::kDouble) {
+    return {q, exp_of(q), exp_minus_1_minus_bounded(q)};
+  } else {
+    const Reduced<V> x = reduce_bounded(q, 0);
+    return {q, fused(x.power, x.near(), x.power), fused(x.power, x.tail(), fused(x.power, x.r, (x.power - constant<V>(1)) - q))};
+  }
+}
+
+// Truncated at high, where a NaN stays; IcePop: 0 outside [low, high], a NaN too.
+template <class V>
+RLKERN_HD V correction_weight(V ratio, V low, V high, bool icepop) {
+  if (icepop) return ((ratio >= low) & (ratio <= high)) ? ratio : constant<V>(0);
+  return Ops<V>::at_most(ratio, high);
+}
+
+// k1 = -q, k2 = q^2 / 2, k3.
+template <int K, class V>
+RLKERN_HD V divergence(V q, V k3) {
+  if constexpr (K == 1) return constant<V>(0) - q;  // no -0 at 0
+  else if constexpr (K == 2) return constant<V>(0.5) * q * q;
+  else return k3;
+}
+
+// The divergence of two events, "this token" and "another", with probabilities p and 1 - p against q and 1 - q.
+RLKERN_HD double binary_kl(double p, double q) { return p * ::log(p / q) + (1 - p) * ::log((1 - p) / (1 - q)); }
+
+template <class V>
+RLKERN_HD V gate_probability(V log_prob) {
+  return clamped(exp_of(log_prob), constant<V>(1e-6), constant<V>(1 - 1e-6));
+}
+
+}  // namespace RLKERN_ISA
+}  // namespace rlkern

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What rollout correction reports: a column of sums a row on the device, verl's numbers on the host by one transfer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlkern.reference.correction import FIELDS, SAFETY
+
+
+class RolloutMetrics(NamedTuple):
+    """Sums, counts and maxima of each row, (fields, rows) float64 (float32 where a device has none), detached; and the
+    settings that `as_dict` needs. `fields` are named in rlkern.reference.correction.
+
+    `level`: "token", "sequence", "" for no weights. `options`: rejection's, with two limits each. `norm`: the divisor of a
+    batch normalisation, 0-dim. `single`: float32 arithmetic.
+    """
+
+    table: Tensor
+    level: str = ""
+    icepop: bool = False
+    is_range: tuple[float, ...] = (0.0, math.inf)
+    options: tuple[str, ...] = ()
+    limits: tuple[float, ...] = ()
+    norm: Tensor | None = None
+    single: bool = True
+
+    def field(self, name: str) -> Tensor:
+        """A field of every row, (rows,), still on the device: `metrics.field("tokens")`."""
+        if name not in FIELDS:
+            raise ValueError(
+                f"rlkern.RolloutMetrics.field: name must be one of {', '.join(FIELDS)}; got {name!r}. as_dict() has the means."
+            )
+        return self.table[FIELDS.index(name)]
+
+    def merge(self, other: RolloutMetrics) -> RolloutMetrics:
+        """Of two micro-batches together: their rows side by side. What was normalised apart stays apart: no factor is left."""
+        if self[1:6] != other[1:6]:
+            raise ValueError("rlkern.RolloutMetrics.merge: other must have the same settings; got others. Merge like with like.")
+        return self._replace(table=torch.cat((self.table, other.table), 1), norm=None, single=self.single and other.single)
+
+    def as_dict(self, prefix: str = "rollout_corr/") -> dict[str, float]:
+        """Python floats under verl's names, by one transfer: the weights', rejection's, then the off-policy ones.
+
+        Raises ValueError where no token is valid, as verl does.
+        """
+        flat = self.table if self.norm is None else torch.cat((self.table.reshape(-1), self.norm.to(self.table).reshape(1)))
+        numbers = flat.cpu().double().numpy().reshape(-1)
+        rows = self.table.shape[1]
+        r = _Rows(dict(zip(FIELDS, numbers[: len(FIELDS) * rows].reshape(len(FIELDS), rows), strict=True)), self.single)
+        if not r.count > 0:
+            raise ValueError(
+                "rlkern.RolloutMetrics.as_dict: the mask must select at least one value; got a mask whose sum is 0. Skip the batch."
+            )
+        with np.errstate(all="ignore"):
+            found = _weights(r, self) if self.level else {}
+            if self.norm is not None:
+                found["rollout_is_batch_norm_factor"] = numbers[-1]
+            if self.options:
+                for i, option in enumerate(self.options):
+                    found |= _rejected(r, option, *self.limits[2 * i : 2 * i + 2])
+                found["rollout_rs_masked_fraction"] = 1 - r["kept"].sum() / r.count
+                found["rollout_rs_seq_masked_fraction"] = (r["kept"] < r["tokens"]).mean()
+            found |= _off_policy(r)
+        return {prefix + name: float(value) for name, value in found.items()}
+
+
+class _Rows:
+    """The table on the host, and the numbers that all metrics share."""
+
+    def __init__(self, fields: dict[str, Any], single: bool) -> None:
+        self.fields, self.single = fields, single
+        self.n = fields["tokens"]
+        self.count = float(self.n.sum())
+        self.valid = self.n > 0
+        self.at_least_one = np.maximum(self.n, 1)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.fields[name]
+
+    def rounded(self, x: Any) -> Any:
+        """As the kernels compare it with a threshold: in the dtype of the arithmetic."""
+        return np.float32(x).astype(np.float64) if self.single else x
+
+    def mean(self, name: str) -> Any:
+        """Of all tokens."""
+        return self[name].sum() / self.count
+
+    def row_mean(self, name: str) -> Any:
+        """Of each row; 0 where it has no token."""
+        return self[name] / self.at_least_one
+
+    def ratio(self) -> Any:
+        """q of each row: the sum of its log-ratios."""
+        return self["old"] - self["rollout"]
+
+
+def _std(x: Any) -> float:
+    """Bessel's; 0 for one number."""
+    return float(x.std(ddof=1)) if x.size > 1 else 0.0
+
+
+def _off_policy(r: _Rows) -> dict[str, Any]:
+    a, b, q = r.row_mean("old"), r.row_mean("rollout"), r.ratio()
+    gap = b - a
+    return {
+        "training_ppl": np.exp(-a).mean(),
+        "training_log_ppl": (-a).mean(),
+        "kl": -q.sum() / r.count + 0.0,  # no -0
+        "k3_kl": r.mean("k3_kl"),
+        "rollout_ppl": np.exp(-b).mean(),
+        "rollout_log_ppl": (-b).mean(),
+        "log_ppl_diff": gap.mean(),
+        "log_ppl_abs_diff": np.abs(gap).mean(),
+        "log_ppl_diff_max": gap.max(),
+        "log_ppl_diff_min": gap.min(),
+        "ppl_ratio": np.exp(gap).mean(),
+        "chi2_token": (2 * r["d"] + r["dd"]).sum() / r.count,  # of e^2 - 1, with d = e - 1
+        "chi2_seq": np.expm1(2 * np.clip(q, -SAFETY, SAFETY)).mean(),
+    }
+
+
+def _weights(r: _Rows, m: RolloutMetrics) -> dict[str, Any]:
+    low, high = (r.rounded(x) for x in m.is_range)
+    n, N = r.n, r.count
+    if m.level == "token":
+        raw, z = 1 + r.row_mean("d"), 1 + r.row_mean("w")
+        raw, z = np.where(r.valid, raw, 0), np.where(r.valid, z, 0)
+        shift, square = r.mean("w"), r.mean("ww")
+        first = r["w"].sum()
+        lost = math.isnan(first)
+        found = {
+            "rollout_is_mean": 1 + shift,
+            "rollout_is_ratio_fraction_high": r.mean("w_high"),
+            "rollout_is_ratio_fraction_low": r.mean("w_low"),
+            "rollout_is_max": math.nan if lost else r["w_max"][r.valid].max(),
+            "rollout_is_min": math.nan if lost else r["w_min"][r.valid].min(),
+        }
+        mean, var = 1 + shift, square - shift**2
+        outside = r.mean("w_high") + r.mean("w_low")
+    else:
+        raw = np.where(r.valid, r["ratio"], 0)
+        kept = (raw >= low) & (raw <= high)
+        z = np.where(kept, raw, 0) if m.icepop else np.minimum(raw, high)
+        q = r.rounded(r.ratio())
+        mean = (n * z).sum() / N
+        var = (n * (z - mean) ** 2).sum() / N
+        found = {
+            "rollout_is_max": np.exp(np.minimum(q.max(), SAFETY)),
+            "rollout_is_min": np.exp(q.min()),
+            "rollout_is_mean": mean,
+            "rollout_is_ratio_fraction_high": (q > r.rounded(np.log(high))).mean(),
+            "rollout_is_ratio_fraction_low": (q < r.rounded(np.log(low))).mean(),
+        }
+        outside = (n * ((raw < low) | (raw > high))).sum() / N
+    found["rollout_is_std"] = np.sqrt(np.maximum(var, 0)) if N > 1 else 0.0
+    square = var + mean**2
+    found["rollout_is_eff_sample_size"] = (mean + 1e-8) ** 2 / square if square != 0 else 0.0  # no weight left: no sample
+    far_row, near_row = r.rounded(raw), r.rounded(z)
+    found |= {
+        "rollout_is_seq_mean": z.mean(),
+        "rollout_is_seq_std": _std(z),
+        "rollout_is_seq_max": near_row.max(),
+        "rollout_is_seq_min": near_row.min(),
+        "rollout_is_seq_max_deviation": np.abs(z - 1).max(),
+        "rollout_is_seq_fraction_high": (far_row > high).mean(),
+        "rollout_is_seq_fraction_low": (far_row < low).mean(),
+    }
+    return found | ({"rollout_is_oob_ratio": outside} if m.icepop else {})
+
+
+def _rejected(r: _Rows, option: str, low: float, high: float) -> dict[str, Any]:
+    kind, k = option[:-3], option[-2:]
+    name, n, N = f"rollout_rs_{option}", r.n, r.count
+    low, high = r.rounded(low), r.rounded(high)
+    sums, most, least = r[f"{k}_sum"], r[f"{k}_max"], r[f"{k}_min"]
+    most, least = (np.where(np.isnan(sums), sums, x) for x in (most, least))
+    s = r.rounded(np.where(r.valid, most, 0) if kind == "seq_max" else sums if kind == "seq_sum" else sums / r.at_least_one)
+    of_rows = s[r.valid]
+    over, under = (of_rows > high).mean(), (of_rows < low).mean() if k == "k1" else 0.0
+    if kind == "token":
+        mean, top, bottom = sums.sum() / N, most[r.valid].max(), least[r.valid].min()
+        beyond = r.mean(f"{k}_high"), r.mean(f"{k}_low") if k == "k1" else 0.0
+        c = r.mean(f"{k}_c")
+        var = r.mean(f"{k}_cc") - c**2
+        dropped, cut = 1 - r[f"{k}_kept"].sum() / N, (r[f"{k}_kept"] < n)[r.valid].mean()
+    else:
+        kept = (s >= low) & (s <= high)
+        mean, top, bottom, beyond = (n * s).sum() / N, of_rows.max(), of_rows.min(), (over, under)
+        clipped = np.clip(s, low, high)
+        c = (n * clipped).sum() / N
+        var = (n * (clipped - c) ** 2).sum() / N
+        dropped, cut = (n * ~kept).sum() / N, (~kept[r.valid]).mean()
+    found = {
+        "mean": mean,
+        "max": top,
+        "min": bottom,
+        "fraction_high": beyond[0],
+        "fraction_low": beyond[1],
+        "std": np.sqrt(np.maximum(var, 0)) if N > 1 else 0.0,
+        "seq_mean": of_rows.mean(),
+        "seq_std": _std(of_rows),
+        "seq_max": of_rows.max(),
+        "seq_min": of_rows.min(),
+        "seq_max_deviation": np.abs(of_rows).max(),
+        "seq_fraction_high": over,
+        **({"seq_fraction_low": under} if k == "k1" else {}),
+        "masked_fraction": dropped,
+        "seq_masked_fraction": cut,
+    }
+    return {f"{name}_{what}": value for what, value in found.items()}
+
+
+class RolloutCorrection(NamedTuple):
+    """Weights (None without rollout_is), the mask less what was rejected, and the metrics."""
+
+    weights: Tensor | None
+    response_mask: Tensor
+    metrics: RolloutMetrics
+
+
+class ImportanceWeights(NamedTuple):
+    """Weights, the filtered share (of valid tokens, or of rows), and the mean of rollout - old over valid tokens: 0-dim."""
+
+    weights: Tensor
+    filtered: Tensor
+    kl: Tensor
