@@ -14,6 +14,7 @@ LossAggMode = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean",
 Baseline = Literal["mean", "leave_one_out", "length_weighted"]
 EpsMode = Literal["add", "floor"]
 Singleton = Literal["raw", "zero", "nan"]
+NanScores = Literal["propagate", "omit"]
 Backend = Literal["auto", "torch", "cpp", "triton", "cuda"]
 Number = int | float
 
