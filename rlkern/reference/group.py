@@ -139,10 +139,11 @@ def normalize(
     shift, center = torch.where(alone, zero, shift), torch.where(alone, zero, center)
     if singleton == "zero":
         stretched = torch.where(alone, zero, stretched)
-    found = ((wide - shift[ids]) - center[ids]) * stretched[ids]
+    kept = torch.where(wide.isnan(), torch.zeros_like(wide), wide) if omit else wide
+    found = ((kept - shift[ids]) - center[ids]) * stretched[ids]
     if singleton == "nan":
         found = torch.where(alone[ids], torch.full_like(found, float("nan")), found)
-    return found.to(scores.dtype)
+    return (torch.where(wide.isnan(), wide, found) if omit else found).to(scores.dtype)
 
 
 # ---- adjoints -------------------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -66,7 +68,8 @@ def advantage(
     """The raw op `_optimal_token_baseline_fwd`: (advantages, returns)."""
     arithmetic = torch.promote_types(torch.promote_types(old_log_prob.dtype, sum_pi_squared.dtype), torch.float32)
     given = (token_level_rewards, old_log_prob, sum_pi_squared, rollout_is_weights)
-    rewards, lp, squares, weights = (x if x is None else x.to(arithmetic) for x in affine_scan.rows(cu_seqlens, *given))
+    given_rows: list[Any] = [x if x is None else x.to(arithmetic) for x in affine_scan.rows(cu_seqlens, *given)]
+    rewards, lp, squares, weights = given_rows
     (valid,) = affine_scan.rows(cu_seqlens, response_mask != 0)
     returns, w = _sums(rewards, valid, lp, squares, weights)
     lengths, groups, (B, T) = valid.sum(1), offsets.shape[0] - 1, valid.shape

@@ -16,33 +16,31 @@ from rlkern.types import Advantages
 
 def _optimal(
     name: str,
+    by_token: bool,
     token_level_rewards: Tensor,
     response_mask: Tensor,
     index: Any,
-    old_log_probs: Tensor,
-    sum_pi_squared: Tensor,
-    rollout_is_weights: Tensor | None,
+    given: tuple[Tensor, Tensor, Tensor | None],
     cu_seqlens: Tensor | None,
     out: Any,
-    by_token: bool,
     zero_tail: bool,
     epsilon: float,
 ) -> Advantages:
     op = f"advantages.{name}"
-    more: dict[str, Any] = {"response_mask": response_mask, "old_log_probs": old_log_probs, "sum_pi_squared": sum_pi_squared}
-    if rollout_is_weights is not None:
-        more["rollout_is_weights"] = rollout_is_weights
-    cu = batch(op, token_level_rewards, cu_seqlens, **more)
+    others: dict[str, Any] = dict(zip(("old_log_probs", "sum_pi_squared", "rollout_is_weights"), given, strict=True))
+    if given[2] is None:
+        del others["rollout_is_weights"]
+    cu = batch(op, token_level_rewards, cu_seqlens, response_mask=response_mask, **others)
     eps = check.number(op, "epsilon", epsilon, 0.0)
     if out is not None:
         dtype = check.result_dtype(token_level_rewards, response_mask)
         out = check.out_tensors(op, out, token_level_rewards, [dtype, dtype], False)
-    given = (token_level_rewards, response_mask, old_log_probs, sum_pi_squared, rollout_is_weights)
+    rewards, mask = plain(token_level_rewards), plain(response_mask)
     tensors = [x if x is None else plain(x) for x in given]
-    group = index_for(op, index, token_level_rewards.shape[0] if cu is None else cu.shape[0] - 1, token_level_rewards)
-    args = (*tensors, group.ids, group.order, group.offsets, cu, by_token, bool(zero_tail), eps)
+    group = index_for(op, index, rewards.shape[0] if cu is None else cu.shape[0] - 1, rewards)
+    args = (rewards, mask, *tensors, group.ids, group.order, group.offsets, cu, by_token, bool(zero_tail), eps)
     raw = "_optimal_token_baseline_fwd"
-    return Advantages(*library.call(raw, *args, backend=pick(raw, tensors[0]), out=out))
+    return Advantages(*library.call(raw, *args, backend=pick(raw, rewards), out=out))
 
 
 def optimal_token_baseline(
@@ -102,8 +100,8 @@ def optimal_token_baseline(
         verl compute_optimal_token_baseline_advantage (0.9.1; 0.8.0 of git has no zero tail by default).
     """
     given = (old_log_probs, sum_pi_squared, rollout_is_weights)
-    choices = (cu_seqlens, out, False, handle_zero_tail, epsilon)
-    return _optimal("optimal_token_baseline", token_level_rewards, response_mask, index, *given, *choices)
+    more = (cu_seqlens, out, handle_zero_tail, epsilon)
+    return _optimal("optimal_token_baseline", False, token_level_rewards, response_mask, index, given, *more)
 
 
 def tir_optimal_token_baseline(
@@ -162,5 +160,5 @@ def tir_optimal_token_baseline(
         verl compute_multi_turn_optimal_token_baseline_advantage.
     """
     given = (old_log_probs, sum_pi_squared, rollout_is_weights)
-    choices = (cu_seqlens, out, True, handle_zero_tail, epsilon)
-    return _optimal("tir_optimal_token_baseline", token_level_rewards, response_mask, index, *given, *choices)
+    more = (cu_seqlens, out, handle_zero_tail, epsilon)
+    return _optimal("tir_optimal_token_baseline", True, token_level_rewards, response_mask, index, given, *more)
