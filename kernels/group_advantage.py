@@ -17,7 +17,7 @@ from rlkern.kernels import aggregation, group_values, launch, moments_math
 from rlkern.kernels.launch import GROUP, NARROW, Plan, Variant, variants
 from rlkern.kernels.whiten import masked_whiten_fwd
 
-VARIANTS: list[Variant] = []  # what tools/sass_check.py compiles
+VARIANTS: list[Variant] = [*group_values.VARIANTS]  # what tools/sass_check.py compiles
 _PROGRAMS = 512  # at least so many, if rows are long enough: about four on each of a large GPU's multiprocessors
 
 

@@ -20,6 +20,7 @@ VARIANTS: list[Variant] = []  # what tools/sass_check.py compiles
 def largest(scores, order, first, last, but, BLOCK: tl.constexpr):
     """The largest score of a group without row `but`, its first row, and whether one is NaN; NaN is larger than all."""
     best, row, nans = tl.full((), float("-inf"), tl.float64), tl.full((), -1, tl.int64), tl.full((), 0, tl.int32)
+    found = nans
     i = first
     while i < last:
         rows, inside = group_math.rows_at(order, i, last, BLOCK)
@@ -28,7 +29,8 @@ def largest(scores, order, first, last, but, BLOCK: tl.constexpr):
         s = tl.where(inside & (rows != but), tl.where(s != s, float("inf"), s), float("-inf"))
         most = tl.max(s, 0)
         place = tl.min(tl.where((s == most) & inside & (rows != but), i + tl.arange(0, BLOCK), last), 0)
-        better = (most > best) | ((row < 0) & (place < last))
+        better = (most > best) | ((found == 0) & (place < last))
+        found += (place < last).to(tl.int32)
         row = tl.where(better, tl.load(order + place, mask=place < last, other=0), row)
         best = tl.where(better, most, best)
         i += BLOCK
@@ -53,7 +55,7 @@ def group_lead_kernel(scores, order, offsets, values, eps: tl.float64, SCALE: tl
 
 _INDEX = {"order": "i64", "offsets": "i64"}
 _HEAD = ("offsets", "offsets", "order", "scores")
-_PLAN = Plan((), (), (72, 72), row_loads=_HEAD + ("order", "scores") * 16 + ("order",) * 6, row_stores=("values",) * 4)
+_PLAN = Plan((), (), (80, 80), row_loads=_HEAD + ("order", "scores") * 16 + ("order",) * 6, row_stores=("values",) * 4)
 VARIANTS += variants(group_lead_kernel, GROUP, _PLAN, {"SCALE": True}, scores="fp64", values="fp64", **_INDEX)[:1]
 
 
@@ -71,7 +73,7 @@ def group_weigh_kernel(parts, weights, weights_stride: tl.int64, values, rows: t
     tl.store(values + row, total, mask=row < rows)
 
 
-_PLAN = Plan((), (), (40, 40), row_loads=("weights",) + ("parts",) * 4, row_stores=("values",) * 4)
+_PLAN = Plan((), (), (64, 64), row_loads=("weights",) * 8 + ("parts",) * 32, row_stores=("values",) * 4)  # eight components at once
 VARIANTS += variants(group_weigh_kernel, GROUP, _PLAN, {}, parts="fp64", weights="fp32", values="fp64")[:1]
 
 
@@ -93,7 +95,7 @@ def group_stretch_kernel(scores, values, rows: tl.int64, f_norm: tl.float64, BLO
         first += BLOCK
 
 
-_PLAN = Plan((), (), (48, 48), row_loads=("scores", "values") * 4, row_stores=("values",) * 4)
+_PLAN = Plan((), (), (40, 40), row_loads=("scores",) * 4 + ("values",) * 28, row_stores=("values",) * 28)  # seven blocks, unrolled
 VARIANTS += variants(group_stretch_kernel, PARTS, _PLAN, {}, scores="fp64", values="fp64")[:1]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from rlkern.kernels import aggregation, launch, math, moments_math
 from rlkern.kernels.affine_scan import affine_scan_fwd
 from rlkern.kernels.discounted_returns import discounted_returns_fwd
-from rlkern.kernels.launch import TOKENS, Block, Plan, Variant, variants
+from rlkern.kernels.launch import ROW, TOKENS, Block, Plan, Variant, variants
 
 VARIANTS: list[Variant] = []  # what tools/sass_check.py compiles
 COLUMNS = Block(512, 4)  # a group's columns a program, with two float64 sums each
@@ -75,6 +75,15 @@ def pack_tokens_kernel(
         first += BLOCK
 
 
+_FLOATS = {"returns": "fp32", "variance": "fp32"}
+_PLAN = Plan(("mask", "returns", "variance"), (), (96, 112), row_stores=("packed_returns", "packed_variance") * 8)
+VARIANTS += [
+    v
+    for v in variants(pack_tokens_kernel, ROW, _PLAN, {}, mask="i64", **_FLOATS, packed_returns="fp32", packed_variance="fp32")
+    if v.dtype == "fp32"
+]
+
+
 @launch.kernel
 def unpack_tokens_kernel(
     mask, out, mask_stride: tl.int64, out_stride: tl.int64, T: tl.int64, cu_seqlens, packed, packed_stride: tl.int64,
@@ -92,6 +101,10 @@ def unpack_tokens_kernel(
         value = tl.load(packed + start * packed_stride + j, mask=valid, other=0)
         launch.store(out, out_stride, start, first, value, inside, ALIGNED)
         first += BLOCK
+
+
+_PLAN = Plan(("mask",), ("out",), (96, 96), row_loads=("packed",) * 8)
+VARIANTS += variants(unpack_tokens_kernel, ROW, _PLAN, {}, mask="i64", packed="fp32")
 
 
 # ---- columns --------------------------------------------------------------------------------------------------------
@@ -170,8 +183,17 @@ def token_baseline_kernel(
         first += BLOCK * parts.to(tl.int64)
 
 
+_INDEX = {"order": "i64", "offsets": "i64", "counts": "fp64"}
+_WALK = ("order", "counts") * 4 + ("order",) * 4 + ("order", "counts") * 4 + ("offsets",) * 2  # loops over rows, unrolled by four
+_PLAN = Plan(("returns", "variance", "mask", "returns", "mask"), ("out",), (128, 128), row_loads=_WALK[:21])
+_FORMS = {"BY_TOKEN": False, "ZERO_TAIL": True}
+VARIANTS += variants(token_baseline_kernel, COLUMNS, _PLAN, _FORMS, mask="i64", **_INDEX, **_FLOATS)
+
+
 # ---- launchers ------------------------------------------------------------------------------------------------------
-def _columns(tensors: Any, cu_seqlens: Tensor | None, order: Tensor, offsets: Tensor, counts: Tensor, eps: float, **choice: bool) -> None:
+def _columns(
+    tensors: Any, cu_seqlens: Tensor | None, order: Tensor, offsets: Tensor, counts: Tensor, eps: float, choice: dict[str, bool]
+) -> None:
     layout = launch.rows(tensors, cu_seqlens=cu_seqlens)
     tokens = tensors[0].shape[-1]
     parts = triton.cdiv(tokens, COLUMNS.size)
@@ -219,14 +241,15 @@ def optimal_token_baseline_fwd(
     counts = torch.empty(rows, dtype=torch.float64, device=returns.device)
     layout = launch.rows((response_mask,), cu_seqlens=cu_seqlens)
     launch.over(rows, TOKENS, aggregation.count_mask_kernel, layout, (response_mask,), cu_seqlens, 1, counts)
-    index, choice = (cu_seqlens, order, offsets, counts, eps), {"BY_TOKEN": by_token, "ZERO_TAIL": zero_tail}
+    index: Any = (cu_seqlens, order, offsets, counts, eps)
+    choice = {"BY_TOKEN": by_token, "ZERO_TAIL": zero_tail}
     if not by_token:
-        _columns((to_go, variance, response_mask, advantages), *index, **choice)
+        _columns((to_go, variance, response_mask, advantages), *index, choice)
         return
     packed, packed_variance = torch.zeros_like(w), torch.zeros_like(w)
     stride = 1 if cu_seqlens is not None else w.shape[-1]
-    tensors = (to_go, variance, response_mask)
-    launch.over_rows(pack_tokens_kernel, launch.rows(tensors, cu_seqlens=cu_seqlens), tensors, cu_seqlens, packed, packed_variance, stride)
-    _columns((packed, packed_variance, None, packed), *index, **choice)  # in place: a program alone has its columns
-    tensors = (response_mask, advantages)
-    launch.over_rows(unpack_tokens_kernel, launch.rows(tensors, cu_seqlens=cu_seqlens), tensors, cu_seqlens, packed, stride)
+    rows_of = (to_go, variance, response_mask)
+    launch.over_rows(pack_tokens_kernel, launch.rows(rows_of, cu_seqlens=cu_seqlens), rows_of, cu_seqlens, packed, packed_variance, stride)
+    _columns((packed, packed_variance, None, packed), *index, choice)  # in place: a program alone has its columns
+    both = (response_mask, advantages)
+    launch.over_rows(unpack_tokens_kernel, launch.rows(both, cu_seqlens=cu_seqlens), both, cu_seqlens, packed, stride)

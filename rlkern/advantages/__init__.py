@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from rlkern.advantages import verl
+from rlkern.advantages import classic, nemo, openrlhf, roll, trl, verl
 from rlkern.advantages.verl import (
     gae,
     gdpo,
@@ -24,13 +24,14 @@ from rlkern.advantages.verl import (
 )
 from rlkern.types import Advantages
 
-_FRAMEWORKS = {"verl": verl}
+_FRAMEWORKS = {"verl": verl, "openrlhf": openrlhf, "trl": trl, "nemo": nemo, "roll": roll, "classic": classic}
 ESTIMATORS: dict[str, Callable[..., Advantages]] = {
     f"{framework}/{name}": getattr(module, name) for framework, module in _FRAMEWORKS.items() for name in module.__all__
 }
 
 __all__ = [
     "ESTIMATORS",
+    "classic",
     "estimator",
     "gae",
     "gdpo",
@@ -38,6 +39,8 @@ __all__ = [
     "grpo",
     "grpo_passk",
     "grpo_vectorized",
+    "nemo",
+    "openrlhf",
     "opo",
     "optimal_token_baseline",
     "reinforce_plus_plus",
@@ -45,7 +48,10 @@ __all__ = [
     "remax",
     "rloo",
     "rloo_vectorized",
+    "roll",
     "tir_optimal_token_baseline",
+    "trl",
+    "verl",
 ]
 
 

@@ -37,20 +37,24 @@ def plain(x: Tensor) -> Any:
     return check.inner(x.detach() if x.requires_grad else x)
 
 
-def components(op: str, like: Tensor, scores: Any, weights: Tensor | Sequence[float] | None) -> tuple[Tensor, Tensor]:
+def components(
+    op: str, like: Tensor, scores: Any, weights: Tensor | Sequence[float] | None, name: str = "component_scores",
+    weights_name: str = "component_weights",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Scores (B, K) and their weights (K,), 1 by default."""
+    check.no_transforms(op, scores)
     if not isinstance(scores, Tensor) or scores.dtype not in VALUE_DTYPES or scores.dim() != 2:
-        raise check.fail(op, "component_scores", "be a floating-point (B, K)", check.describe(scores), "Stack them: torch.stack(x, 1).")
+        raise check.fail(op, name, "be a floating-point (B, K)", check.describe(scores), "Stack them: torch.stack(x, 1).")
     if scores.device != like.device:
-        raise check.fail(op, "component_scores", f"be on {like.device}", check.describe(scores), "Move it with .to(device).")
+        raise check.fail(op, name, f"be on {like.device}", check.describe(scores), "Move it with .to(device).")
     K = scores.shape[1]
     if weights is None:
         weights = torch.ones(K, device=like.device)
     elif not isinstance(weights, Tensor):
-        weights = torch.tensor([check.number(op, "component_weights", w) for w in weights], dtype=torch.float64).to(like.device)
+        weights = torch.tensor([check.number(op, weights_name, w) for w in weights], dtype=torch.float64).to(like.device)
     if weights.shape != (K,) or weights.dtype not in VALUE_DTYPES or weights.device != like.device:
         must = f"be floating point of shape ({K},) on {like.device}"
-        raise check.fail(op, "component_weights", must, check.describe(weights), "One a component.")
+        raise check.fail(op, weights_name, must, check.describe(weights), "One a component.")
     return plain(scores), plain(weights)
 
 
