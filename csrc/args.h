@@ -30,7 +30,7 @@ struct Rows {
 
 enum class Masked : int32_t { none, skip, reset, zero, turn };
 enum class Kl : int32_t { none, k1, abs, k2, k3 };
-enum class Baseline : int32_t { none, mean, leave_one_out, length_weighted };
+enum class Baseline : int32_t { none, mean, leave_one_out, length_weighted, second_best };
 enum class Singleton : int32_t { raw, zero, nan };
 enum class Agg : int32_t { token_mean, seq_mean_token_sum, seq_mean_token_mean, seq_mean_token_sum_norm, token_sum };
 
@@ -104,12 +104,13 @@ struct Groups {
 };
 
 // `eps` is added to the standard deviation; in group_mean_std it is the floor of the variance. `singleton`: what a group of
-// one row has for mean and deviation.
+// one row has for mean and deviation. `omit`: a NaN is no score.
 struct GroupOptions {
   Baseline baseline = Baseline::mean;
   bool scale = true, unbiased = true;
   Singleton singleton = Singleton::raw;
   double eps = 1e-6;
+  bool omit = false;
 };
 
 // Scores, lengths, gradients and outputs are (B,), or (G,) for mean and std.
@@ -133,7 +134,8 @@ struct GroupNormalizeGradArgs {
   Operand scores, lengths, grad, d_scores;
   GroupOptions options;
 };
-// Row sums of rewards, normalized in their groups, broadcast over the mask; whitened over all valid tokens if asked.
+// Row sums of rewards, or weighted components (B, K), normalized in their groups, broadcast over the mask; whitened over all
+// valid tokens if asked. f_norm, if not 0: times rows / (scores that are not 0) / f_norm.
 struct GroupAdvantageArgs {
   Rows rows;
   Operand rewards, mask, advantages;
@@ -141,6 +143,19 @@ struct GroupAdvantageArgs {
   GroupOptions options;
   bool whiten;
   WhitenOptions whiten_options;
+  Operand components, component_weights;
+  double f_norm;
+  int threads;
+};
+
+// Rewards to go less a baseline per group and column. by_token: a column is a number among a row's valid tokens.
+struct TokenBaselineArgs {
+  Rows rows;
+  Operand rewards, mask, old_log_prob, sum_pi_squared, weights;
+  Operand advantages, returns;
+  Groups groups;
+  bool by_token, zero_tail;
+  double eps;
   int threads;
 };
 

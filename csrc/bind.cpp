@@ -89,30 +89,31 @@ double affine_scan_bwd(Tokens grad, Tokens decay, PerRow decay_row, Tokens y, Pe
 }
 
 // ---- groups: `ids` serves the reference only ------------------------------------------------------------------------
-double group_mean_std_fwd(PerRow scores, py::handle, Tokens order, Tokens offsets, bool unbiased, double eps, Singleton singleton, PerRow mean, PerRow std,
-                          int) {
-  const GroupOptions options{Baseline::mean, true, unbiased, singleton, eps};
+double group_mean_std_fwd(PerRow scores, py::handle, Tokens order, Tokens offsets, bool unbiased, double eps, Singleton singleton, bool omit, PerRow mean,
+                          PerRow std, int) {
+  const GroupOptions options{Baseline::mean, true, unbiased, singleton, eps, omit};
   return run(&Kernels::group_mean_std, GroupMeanStdArgs{groups_of(order, offsets, scores.rows), scores, mean, std, options});
 }
 double group_mean_std_bwd(PerRow grad_mean, PerRow grad_std, PerRow scores, py::handle, Tokens order, Tokens offsets, bool unbiased, double eps,
-                          Singleton singleton, PerRow d_scores, int) {
-  const GroupOptions options{Baseline::mean, true, unbiased, singleton, eps};
+                          Singleton singleton, bool omit, PerRow d_scores, int) {
+  const GroupOptions options{Baseline::mean, true, unbiased, singleton, eps, omit};
   return run(&Kernels::group_mean_std_bwd, GroupMeanStdGradArgs{groups_of(order, offsets, scores.rows), scores, grad_mean, grad_std, d_scores, options});
 }
 double group_normalize_fwd(PerRow scores, PerRow lengths, py::handle, Tokens order, Tokens offsets, Baseline baseline, bool scale, bool unbiased, double eps,
-                           Singleton singleton, PerRow advantages, int) {
-  const GroupOptions options{baseline, scale, unbiased, singleton, eps};
+                           Singleton singleton, bool omit, PerRow advantages, int) {
+  const GroupOptions options{baseline, scale, unbiased, singleton, eps, omit};
   return run(&Kernels::group_normalize, GroupNormalizeArgs{groups_of(order, offsets, scores.rows), scores, lengths, advantages, options});
 }
 double group_normalize_bwd(PerRow grad, PerRow scores, PerRow lengths, py::handle, Tokens order, Tokens offsets, Baseline baseline, bool scale, bool unbiased,
-                           double eps, Singleton singleton, PerRow d_scores, int) {
-  const GroupOptions options{baseline, scale, unbiased, singleton, eps};
+                           double eps, Singleton singleton, bool omit, PerRow d_scores, int) {
+  const GroupOptions options{baseline, scale, unbiased, singleton, eps, omit};
   return run(&Kernels::group_normalize_bwd, GroupNormalizeGradArgs{groups_of(order, offsets, scores.rows), scores, lengths, grad, d_scores, options});
 }
 // Without an order `ids` are raw labels: small batches are spared the tensors of a GroupIndex.
 double group_advantage_fwd(Tokens rewards, Tokens mask, py::handle ids, std::optional<Tokens> order, Tokens offsets, Packed packed, Baseline baseline,
-                           bool scale, double eps, Singleton singleton, const Flags& whiten, double whiten_eps, Tokens advantages, int threads) {
-  const GroupOptions options{baseline, scale, true, singleton, eps};
+                           bool scale, double eps, Singleton singleton, const Flags& whiten, double whiten_eps, Tokens components, PerRow component_weights,
+                           double f_norm, Tokens advantages, int threads) {
+  const GroupOptions options{baseline, scale, true, singleton, eps, false};
   const WhitenOptions whitening = whiten ? whiten_options(*whiten, whiten_eps) : WhitenOptions{};
   const Rows rows = rows_of(rewards, packed);
   std::vector<int64_t> memory;
@@ -125,7 +126,14 @@ double group_advantage_fwd(Tokens rewards, Tokens mask, py::handle ids, std::opt
     if (!group_labels(ids.ptr(), rows.count, memory.data(), found)) throw py::error_already_set();
     groups = {found.order, found.offsets, found.groups};
   }
-  return run(&Kernels::group_advantage, GroupAdvantageArgs{rows, rewards, mask, advantages, groups, options, whiten.has_value(), whitening, threads});
+  return run(&Kernels::group_advantage, GroupAdvantageArgs{rows, rewards, mask, advantages, groups, options, whiten.has_value(), whitening, components,
+                                                           component_weights, f_norm, threads});
+}
+double token_baseline_fwd(Tokens rewards, Tokens mask, Tokens old_log_prob, Tokens sum_pi_squared, Tokens weights, py::handle, Tokens order, Tokens offsets,
+                          Packed packed, bool by_token, bool zero_tail, double eps, Tokens advantages, Tokens returns, int threads) {
+  const Rows rows = rows_of(rewards, packed);
+  return run(&Kernels::token_baseline, TokenBaselineArgs{rows, rewards, mask, old_log_prob, sum_pi_squared, weights, advantages, returns,
+                                                         groups_of(order, offsets, rows.count), by_token, zero_tail, eps, threads});
 }
 int64_t labels_to_ids(py::handle labels, int64_t n, uintptr_t memory) {
   LabelGroups found;
@@ -311,6 +319,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("_group_normalize_fwd", group_normalize_fwd);
   m.def("_group_normalize_bwd", group_normalize_bwd);
   m.def("_group_advantage_fwd", group_advantage_fwd);
+  m.def("_optimal_token_baseline_fwd", token_baseline_fwd);
   m.def("_kl_penalty_fwd", kl_penalty_fwd);
   m.def("_kl_penalty_bwd", kl_penalty_bwd);
   m.def("_shape_rewards_fwd", shape_rewards_fwd);

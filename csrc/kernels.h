@@ -15,6 +15,7 @@
   X(group_normalize, GroupNormalizeArgs)         \
   X(group_normalize_bwd, GroupNormalizeGradArgs) \
   X(group_advantage, GroupAdvantageArgs)         \
+  X(token_baseline, TokenBaselineArgs)           \
   X(kl, KlArgs)                                  \
   X(shape_rewards, RewardArgs)                   \
   X(shape_rewards_bwd, RewardGradArgs)           \

@@ -214,7 +214,7 @@ struct type_caster<rlkern::Masked> {
 template <>
 struct type_caster<rlkern::Baseline> {
   PYBIND11_TYPE_CASTER(rlkern::Baseline, const_name("str"));
-  bool load(handle h, bool) { return rlkern::word(h, {"none", "mean", "leave_one_out", "length_weighted"}, value); }
+  bool load(handle h, bool) { return rlkern::word(h, {"none", "mean", "leave_one_out", "length_weighted", "second_best"}, value); }
 };
 template <>
 struct type_caster<rlkern::Singleton> {

@@ -20,6 +20,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "whiten_bwd": ("_masked_whiten_bwd", "_masked_normalize_bwd", "_whiten_apply_bwd"),
     "group": ("_group_mean_std_fwd", "_group_mean_std_bwd", "_group_normalize_fwd", "_group_normalize_bwd"),
     "group_advantage": ("_group_advantage_fwd",),
+    "token_baseline": ("_optimal_token_baseline_fwd",),
     "loss": ("_policy_loss_fwd", "_scale_fwd"),
     "policy": ("_policy_variant_fwd",),
     "policy_select": ("_policy_select_fwd",),

@@ -13,12 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlkern.kernels import aggregation, launch, moments_math
-from rlkern.kernels.group import group_normalize_fwd
+from rlkern.kernels import aggregation, group_values, launch, moments_math
 from rlkern.kernels.launch import GROUP, NARROW, Plan, Variant, variants
 from rlkern.kernels.whiten import masked_whiten_fwd
 
-VARIANTS: list[Variant] = []  # what tools/sass_check.py compiles
+VARIANTS: list[Variant] = [*group_values.VARIANTS]  # what tools/sass_check.py compiles
 _PROGRAMS = 512  # at least so many, if rows are long enough: about four on each of a large GPU's multiprocessors
 
 
@@ -114,17 +113,24 @@ def group_advantage_fwd(
     singleton: str,
     flags: list[bool] | None,
     whiten_eps: float,
+    component_scores: Tensor | None,
+    component_weights: Tensor | None,
+    f_norm: float,
     out: Tensor | None,
 ) -> Tensor | float:
-    """The count of a whitened batch, for the CPU's judge."""
+    """The count of a whitened batch, or of groups of one row, for the CPU's judge."""
     rows, weighted = ids.shape[0], baseline == "length_weighted"
     chunks = chunks_of(rows, response_mask.shape[-1])
     mask = response_mask if weighted or flags is not None else None
-    scores, counts = row_sums(token_level_rewards, mask, cu_seqlens, rows, chunks)
-    values = torch.empty_like(scores)
-    lengths = counts if weighted else None
-    group_normalize_fwd(scores, lengths, ids, order, offsets, baseline, scale, True, eps, singleton, values if rows else None)
+    summed = response_mask if component_scores is not None else token_level_rewards  # rewards are not read then
+    scores, counts = row_sums(summed, mask, cu_seqlens, rows, chunks)
+    index = (ids, order, offsets, baseline, scale)
+    values = group_values.values_of(
+        scores, counts if weighted else None, index, eps, singleton, component_scores, component_weights, f_norm
+    )
     count: Tensor | float = 0.0
+    if baseline == "second_best":
+        count = (offsets[1:] - offsets[:-1] == 1).sum()
     if flags is not None:
         whitened = torch.empty_like(values)
         count = masked_whiten_fwd(values, counts, None, flags, whiten_eps, False, whitened if rows else None, None)

@@ -79,23 +79,51 @@ def numbers(x, stride, rows, there):
 
 
 @triton.jit
-def group_moments(scores, scores_stride, weights, weights_stride, order, first, last, BLOCK: tl.constexpr):
-    """(count, shift, mean, baseline, m2, weight): two passes about the group's first score."""
+def there_of(scores, scores_stride, rows, inside, OMIT: tl.constexpr):
+    """A block's scores, and which of its rows count."""
+    s = numbers(scores, scores_stride, rows, inside)
+    if OMIT:
+        inside = inside & (s == s)
+    return s, inside
+
+
+@triton.jit
+def first_of(scores, scores_stride, order, first, last, OMIT: tl.constexpr, BLOCK: tl.constexpr):
+    """The group's first score that counts; 0 without one."""
+    if OMIT:
+        at, i = last, first
+        while i < last:
+            rows, inside = rows_at(order, i, last, BLOCK)
+            _s, there = there_of(scores, scores_stride, rows, inside, OMIT)
+            at = tl.minimum(at, tl.min(tl.where(there, i + tl.arange(0, BLOCK), last), 0))
+            i += BLOCK
+        first = at
     there = first < last
-    shift = numbers(scores, scores_stride, tl.load(order + first, mask=there, other=0), there)
+    return numbers(scores, scores_stride, tl.load(order + first, mask=there, other=0), there)
+
+
+@triton.jit
+def group_moments(scores, scores_stride, weights, weights_stride, order, first, last, OMIT: tl.constexpr, BLOCK: tl.constexpr):
+    """(count, shift, mean, baseline, m2, weight): two passes about the group's first score. OMIT: a NaN is no score."""
+    shift = first_of(scores, scores_stride, order, first, last, OMIT, BLOCK)
     shift = tl.where(shift - shift == 0, shift, 0.0)  # not an infinity, which would be NaN minus itself
     sum, weight, weighted = tl.full((), 0, tl.float64), tl.full((), 0, tl.float64), tl.full((), 0, tl.float64)
+    count = (last - first).to(tl.float64)
+    if OMIT:
+        count = tl.full((), 0, tl.float64)
     i = first
     while i < last:
         rows, inside = rows_at(order, i, last, BLOCK)
-        d = tl.where(inside, numbers(scores, scores_stride, rows, inside) - shift, 0.0)
+        s, inside = there_of(scores, scores_stride, rows, inside, OMIT)
+        d = tl.where(inside, s - shift, 0.0)
         sum += tl.sum(d, 0)
+        if OMIT:
+            count += tl.sum(tl.where(inside, 1.0, 0.0).to(tl.float64), 0)
         if weights is not None:
             w = numbers(weights, weights_stride, rows, inside)
             weight += tl.sum(w, 0)
             weighted += tl.sum(w * d, 0)
         i += BLOCK
-    count = (last - first).to(tl.float64)
     mean = sum / count
     baseline = mean
     if weights is not None:
@@ -106,7 +134,8 @@ def group_moments(scores, scores_stride, weights, weights_stride, order, first, 
     i = first
     while i < last:
         rows, inside = rows_at(order, i, last, BLOCK)
-        d = tl.where(inside, (numbers(scores, scores_stride, rows, inside) - shift) - mean, 0.0)
+        s, inside = there_of(scores, scores_stride, rows, inside, OMIT)
+        d = tl.where(inside, (s - shift) - mean, 0.0)
         m2 += tl.sum(d * d, 0)
         i += BLOCK
     return count, shift, mean, baseline, m2, weight

@@ -188,3 +188,9 @@ def valid_tokens(op: str, count: float, unbiased: bool) -> None:
         raise fail(op, "the mask", "select at least one value", "a mask whose sum is 0", "Skip the batch, or check the mask.")
     if unbiased and count == 1:
         raise fail(op, "the mask", "have a sum other than 1", "a mask whose sum is 1", "One value has no sample variance: unbiased=False.")
+
+
+def pairs(op: str, alone: float) -> None:
+    """What pass@k refuses: `alone` groups that hold one row."""
+    if alone:
+        raise fail(op, "index", "hold two rows or more of each label", f"{int(alone)} labels of one row", "Sample each prompt twice.")

@@ -19,6 +19,7 @@ Variant = Literal[
 Level = Literal["token", "sequence", "sequence-sum"]
 EpsMode = Literal["add", "floor"]
 Singleton = Literal["raw", "zero", "nan"]
+NanScores = Literal["propagate", "omit"]
 Backend = Literal["auto", "torch", "cpp", "triton", "cuda"]
 Number = int | float
 

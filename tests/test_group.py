@@ -208,7 +208,7 @@ def test_group_mean_std_rejects(backend):
 def test_group_mean_std_registers(backend_number):
     index = rlkern.group_index(list("abacbdaab"))
     scores, _ = inputs(range(9))
-    rest = (index.ids, index.order, index.offsets, True, 1e-6, "raw", backend_number)
+    rest = (index.ids, index.order, index.offsets, True, 1e-6, "raw", False, backend_number)
     torch.library.opcheck(torch.ops.rlkern._group_mean_std_fwd.default, (scores, *rest))
     torch.library.opcheck(torch.ops.rlkern._group_mean_std_bwd.default, (torch.ones(4), torch.ones(4), scores, *rest))
 
@@ -386,7 +386,7 @@ def test_group_normalize_rejects(backend):
 def test_group_normalize_registers(backend_number):
     index = rlkern.group_index(list("abacbdaab"))
     scores, lengths = inputs(range(9))
-    rest = (index.ids, index.order, index.offsets, "length_weighted", True, True, 1e-6, "raw", backend_number)
+    rest = (index.ids, index.order, index.offsets, "length_weighted", True, True, 1e-6, "raw", False, backend_number)
     torch.library.opcheck(torch.ops.rlkern._group_normalize_fwd.default, (scores, lengths, *rest))
     torch.library.opcheck(torch.ops.rlkern._group_normalize_bwd.default, (torch.ones(9), scores, lengths, *rest))
 

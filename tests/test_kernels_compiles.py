@@ -94,7 +94,7 @@ def step(T, make):
     launch("_masked_normalize_bwd", v, v, mask, None, rows, flags, 1e-8, out)
     launch("_whiten_apply_fwd", v, mask, None, rows, flags, 1e-8, True, out)
     index, options = (torch.arange(8), torch.arange(8), torch.tensor([0, 3, 8])), ("mean", True, 1e-6, "raw")
-    launch("_group_advantage_fwd", v, mask, *index, None, *options, flags, 1e-8, out)
+    launch("_group_advantage_fwd", v, mask, *index, None, *options, flags, 1e-8, None, None, 0.0, out)
 
 every(step)
 """

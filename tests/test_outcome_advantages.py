@@ -353,11 +353,11 @@ def test_rejects(backend, name):
 
 def test_rejects_unknown_names():
     assert estimator("grpo") is estimator("verl/grpo") is advantages.grpo
-    assert {name.partition("/")[0] for name in ESTIMATORS} == {"verl"}
-    names = "gae grpo opo reinforce_plus_plus reinforce_plus_plus_baseline remax rloo"
-    assert sorted(name.partition("/")[2] for name in ESTIMATORS) == names.split()
-    for name in ("gpg", "openrlhf/grpo"):
-        with pytest.raises(ValueError, match=r"rlkern\.advantages\.estimator: name must be one of verl/gae, .*; got"):
+    names = "gae gdpo gpg grpo grpo_passk grpo_vectorized opo optimal_token_baseline reinforce_plus_plus"
+    names += " reinforce_plus_plus_baseline remax rloo rloo_vectorized tir_optimal_token_baseline"
+    assert sorted(name.partition("/")[2] for name in ESTIMATORS if name.startswith("verl/")) == names.split()
+    for name in ("ppo", "openrlhf/ppo"):
+        with pytest.raises(ValueError, match=r"rlkern\.advantages\.estimator: name must be one of .*verl/gae, .*; got"):
             estimator(name)
 
 
@@ -370,7 +370,7 @@ def test_registers(backend_number):
         ("mean", False, [True, False, True, True, True]),
     ):
         group = (index.ids, index.order, index.offsets, None)
-        args = (x["rewards"], x["mask"], *group, baseline, scale, 1e-6, "raw", whiten, 1e-8, backend_number)
+        args = (x["rewards"], x["mask"], *group, baseline, scale, 1e-6, "raw", whiten, 1e-8, None, None, 0.0, backend_number)
         torch.library.opcheck(torch.ops.rlkern._group_advantage_fwd.default, args)
 
 

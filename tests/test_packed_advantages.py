@@ -183,6 +183,7 @@ def test_group_advantage_registers(backend_number):
     index = rlkern.group_index(x["labels"])
     for whiten in (None, [True, False, True, True, True]):
         args = (x["rewards"], x["mask"], index.ids, index.order, index.offsets, cu, "mean", False, 1e-6, "raw", whiten, 1e-8)
+        args = (*args, None, None, 0.0)
         torch.library.opcheck(torch.ops.rlkern._group_advantage_fwd.default, (*args, backend_number))
 
 

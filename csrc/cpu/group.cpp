@@ -1,200 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// Group statistics over scores, and outcome advantages: row sums, their groups, one value broadcast over each row's mask.
-// Two sweeps touch memory, each input and output once; what lies between them has one number a row.
-#include "../math/group.h"
+// Group statistics over scores: the few numbers of a batch, in double.
+#include "group.h"
 
 #include "../kernels.h"
-#include "../math/whiten.h"
-#include "mask.h"
 
 namespace rlkern {
 namespace RLKERN_ISA {
 namespace {
 
-// ---- one group -----------------------------------------------------------------------------------------------------
-// f(row) for each row of group g, in the order of the batch.
-template <class F>
-void for_group(const Groups& groups, int64_t g, F&& f) {
-  for (int64_t i = groups.offsets[g]; i < groups.offsets[g + 1]; ++i) f(groups.order[i]);
-}
-// weights: null where every row weighs the same.
-GroupMoments moments_of(const Groups& groups, int64_t g, const double* scores, const double* weights) {
-  GroupMoments m;
-  m.count = static_cast<double>(groups.offsets[g + 1] - groups.offsets[g]);
-  if (m.count == 0) return m;
-  const double first = scores[groups.order[groups.offsets[g]]];
-  m.shift = first - first == 0 ? first : 0.0;  // not an infinity, which would be NaN minus itself
-  double sum = 0, weighted = 0;
-  for_group(groups, g, [&](int64_t r) {
-    const double d = scores[r] - m.shift;
-    sum += d;
-    if (weights) m.weight += weights[r], weighted += weights[r] * d;
-  });
-  m.mean = sum / m.count;
-  m.baseline = weights ? weighted / m.weight : m.mean;
-  if (!weights) m.weight = m.count;
-  for_group(groups, g, [&](int64_t r) {
-    const double d = m.deviation(scores[r]);
-    m.m2 += d * d;
-  });
-  return m;
-}
-
-// A (B,) operand as doubles.
-struct Doubled {
-  Scratch<double> memory;
-  const double* data;
-  explicit Doubled(const Operand& x) : memory(x ? x.rows : 0), data(x ? memory.data : nullptr) {
-    for (int64_t r = 0; r < x.rows && x; ++r) memory.data[r] = row_value<double>(x, r);
-  }
-};
 void put(const Operand& x, int64_t r, double v) {
   const Rows one{1, 1, nullptr};
   OutColumn<double>(x, one, 0, false)(r * x.row_stride, 1, splat(v));
-}
-
-// ---- row sums and broadcast ----------------------------------------------------------------------------------------
-uint32_t inside(int64_t n) { return static_cast<uint32_t>((uint64_t{1} << n) - 1); }
-inline VD doubles_at(const double* p) { return loadu(p); }
-inline VD doubles_at(const float* p) {  // gcc takes __builtin_convertvector apart into quarters
-#if defined(__AVX512F__)
-  return _mm512_maskz_cvtps_pd(0xff, _mm256_loadu_ps(p));
-#elif defined(__AVX2__)
-  return _mm256_cvtps_pd(_mm_loadu_ps(p));
-#else
-  return VD{p[0], p[1]};
-#endif
-}
-template <class A>
-double row_sum(const Operand& x, const Rows& rows, int64_t r) {
-  constexpr int W = kLanes<A>, D = kLanes<double>;
-  const Column<A> column(x, rows, r);
-  const int64_t length = rows.len(r);
-  VD s0{}, s1{}, s2{}, s3{};  // four chains of additions: one alone is slower than memory
-  int64_t i = 0;
-  if (column.native && !column.per_row) {
-    const A* p = reinterpret_cast<const A*>(column.data);
-    for (; i + 4 * D <= length; i += 4 * D) {
-      s0 += doubles_at(p + i), s1 += doubles_at(p + i + D);
-      s2 += doubles_at(p + i + 2 * D), s3 += doubles_at(p + i + 3 * D);
-    }
-  }
-  Sum<A> rest;
-  for (; i < length; i += W) {
-    const int64_t n = length - i < W ? length - i : W;
-    rest.add(column.valid(i, n, inside(n)));  // a value that stands for a whole row fills every lane
-  }
-  return fold((s0 + s1) + (s2 + s3)) + rest.total();
-}
-// f(lanes), lanes(i) = the mask of the whole vector at i: the usual dtypes leave no branch in the loop.
-template <class A, class F>
-void with_lanes(const MaskRow& mask, F&& f) {
-  constexpr int W = kLanes<A>;
-  const int64_t* words = reinterpret_cast<const int64_t*>(mask.data);
-  const uint8_t* bytes = reinterpret_cast<const uint8_t*>(mask.data);
-  const bool plain = mask.data && !mask.per_row;
-  if (plain && mask.dtype == Dtype::i64) f([=](int64_t i) RLKERN_INLINE { return nonzero_lanes<W>(words + i); });
-  else if (plain && bytes_of(mask.dtype) == 1) f([=](int64_t i) RLKERN_INLINE { return nonzero_lanes<W>(bytes + i); });
-  else f([&](int64_t i) { return mask.lanes<W>(i, W); });
-}
-// Sum of the rewards and number of the valid tokens, in step through both rows; the mask's lanes stay in `kept`.
-template <class A>
-double row_sum_and_count(const GroupAdvantageArgs& a, int64_t r, uint16_t* kept, double& count) {
-  constexpr int W = kLanes<A>, D = kLanes<double>;
-  const Column<A> column(a.rewards, a.rows, r);
-  const MaskRow mask(a.mask, a.rows, r);
-  const int64_t length = a.rows.len(r), whole = column.native && !column.per_row ? length / W * W : 0;
-  const A* p = reinterpret_cast<const A*>(column.data);
-  VD s0{}, s1{};
-  int64_t valid = 0;
-  with_lanes<A>(mask, [&](auto lanes) {
-    for (int64_t i = 0; i < whole; i += W) {
-      s0 += doubles_at(p + i);
-      if (W > D) s1 += doubles_at(p + i + (W > D ? D : 0));
-      const uint32_t m = lanes(i);
-      kept[i / W] = static_cast<uint16_t>(m), valid += __builtin_popcount(m);
-    }
-  });
-  Sum<A> rest;
-  for (int64_t i = whole; i < length; i += W) {
-    const int64_t n = length - i < W ? length - i : W;
-    const uint32_t m = mask.lanes<W>(i, n);
-    kept[i / W] = static_cast<uint16_t>(m), valid += __builtin_popcount(m);
-    rest.add(column.valid(i, n, inside(n)));
-  }
-  count = static_cast<double>(valid);
-  return fold(s0 + s1) + rest.total();
-}
-template <class A, bool Stream, class F>
-void fill(A* out, int64_t whole, Vec<A> v, F lanes) {
-  for (int64_t i = 0; i < whole; i += kLanes<A>) {
-    const Vec<A> x = blend(lanes(i), v, Vec<A>{});
-    if (Stream) stream_store(out + i, x);
-    else storeu(out + i, x);
-  }
-}
-template <class A>
-void broadcast_row(const GroupAdvantageArgs& a, int64_t r, double value, bool stream, const uint16_t* kept) {
-  constexpr int W = kLanes<A>;
-  const MaskRow mask(a.mask, a.rows, r);
-  const OutColumn<A> advantages(a.advantages, a.rows, r, stream);
-  const Vec<A> v = splat(static_cast<A>(value)), zero{};
-  const int64_t length = a.rows.len(r), whole = advantages.native ? length / W * W : 0;
-  auto filled = [&](auto lanes) {
-    A* out = reinterpret_cast<A*>(advantages.data);
-    advantages.stream ? fill<A, true>(out, whole, v, lanes) : fill<A, false>(out, whole, v, lanes);
-  };
-  if (kept) filled([=](int64_t i) RLKERN_INLINE { return static_cast<uint32_t>(kept[i / W]); });
-  else with_lanes<A>(mask, filled);
-  for (int64_t i = whole; i < length; i += W) {
-    const int64_t n = length - i < W ? length - i : W;
-    advantages(i, n, blend(kept ? kept[i / W] : mask.lanes<W>(i, n), v, zero));
-  }
-}
-
-// Every valid token of row r holds values[r]: the moments of all tokens from one number a row.
-Moments token_moments(int64_t rows, const double* values, const double* counts) {
-  Moments m;
-  double sum = 0;
-  for (int64_t r = 0; r < rows; ++r)
-    if (counts[r] > 0) m.count += counts[r], sum += counts[r] * values[r];
-  m.mean = sum / m.count;
-  for (int64_t r = 0; r < rows; ++r)
-    if (counts[r] > 0) m.m2 += counts[r] * (values[r] - m.mean) * (values[r] - m.mean);
-  return m;
-}
-
-template <class A>
-double advantage_all(const GroupAdvantageArgs& a) {
-  const int64_t rows = a.rows.count, total = a.rows.total();
-  const bool keep = a.whiten || a.options.baseline == Baseline::length_weighted;
-  const bool stream = worth_streaming(total, 2 * 16);  // early: nothing reads the result back soon
-  Scratch<double> scores(rows), counts(keep ? rows : 0), values(rows);
-  Scratch<uint16_t> lanes(keep ? KeptLanes::count(a.rows, kLanes<A>) : 0);
-  const KeptLanes kept(a.rows, kLanes<A>, lanes.data);
-  parallel_rows(rows, total, a.threads, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      scores.data[r] = keep ? row_sum_and_count<A>(a, r, kept.row(r), counts.data[r]) : row_sum<A>(a.rewards, a.rows, r);
-    }
-  });
-  const double* weights = a.options.baseline == Baseline::length_weighted ? counts.data : nullptr;
-  for (int64_t g = 0; g < a.groups.count; ++g) {
-    const GroupScale scale(moments_of(a.groups, g, scores.data, weights), a.options);
-    for_group(a.groups, g, [&](int64_t r) { values.data[r] = scale(scores.data[r]); });
-  }
-  double count = 0;
-  if (a.whiten) {
-    const Moments m = token_moments(rows, values.data, counts.data);
-    if (m.count <= (a.whiten_options.unbiased ? 1 : 0)) return m.count;  // the caller refuses
-    const double rstd = reciprocal_std(m, a.whiten_options);
-    for (int64_t r = 0; r < rows; ++r) values.data[r] = (values.data[r] - m.mean) * rstd + (a.whiten_options.shift_mean ? 0.0 : m.mean);
-    count = m.count;
-  }
-  parallel_rows(rows, total, a.threads, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) broadcast_row<A>(a, r, values.data[r], stream, keep ? kept.row(r) : nullptr);
-    if (stream) stream_fence();
-  });
-  return count;
 }
 
 }  // namespace
@@ -202,7 +18,7 @@ double advantage_all(const GroupAdvantageArgs& a) {
 double group_mean_std(const GroupMeanStdArgs& a) {
   const Doubled scores(a.scores);
   for (int64_t g = 0; g < a.groups.count; ++g) {
-    const GroupMoments m = moments_of(a.groups, g, scores.data, nullptr);
+    const GroupMoments m = moments_of(a.groups, g, scores.data, nullptr, a.options.omit);
     put(a.mean, g, mean_of(m, a.options.singleton));
     put(a.std, g, std_of(m, a.options));
   }
@@ -211,38 +27,45 @@ double group_mean_std(const GroupMeanStdArgs& a) {
 double group_mean_std_bwd(const GroupMeanStdGradArgs& a) {
   const Doubled scores(a.scores), grad_mean(a.grad_mean), grad_std(a.grad_std);
   for (int64_t g = 0; g < a.groups.count; ++g) {
-    const GroupMoments m = moments_of(a.groups, g, scores.data, nullptr);
+    const GroupMoments m = moments_of(a.groups, g, scores.data, nullptr, a.options.omit);
     const double through_mean = grad_mean.data[g] * mean_grad(m, a.options.singleton);
-    for_group(a.groups, g, [&](int64_t r) { put(a.d_scores, r, through_mean + grad_std.data[g] * std_grad(m, scores.data[r], a.options, a.options.eps)); });
+    for_group(a.groups, g, [&](int64_t r) {
+      const bool out = a.options.omit && scores.data[r] != scores.data[r];
+      put(a.d_scores, r, out ? 0.0 : through_mean + grad_std.data[g] * std_grad(m, scores.data[r], a.options, a.options.eps));
+    });
   }
   return 0;
 }
 double group_normalize(const GroupNormalizeArgs& a) {
   const Doubled scores(a.scores), lengths(a.lengths);
   for (int64_t g = 0; g < a.groups.count; ++g) {
-    const GroupScale scale(moments_of(a.groups, g, scores.data, lengths.data), a.options);
-    for_group(a.groups, g, [&](int64_t r) { put(a.advantages, r, scale(scores.data[r])); });
+    const GroupScale scale(moments_of(a.groups, g, scores.data, lengths.data, a.options.omit), a.options);
+    for_group(a.groups, g, [&](int64_t r) {
+      const double s = scores.data[r];
+      put(a.advantages, r, a.options.omit && s != s ? s : scale(s));
+    });
   }
   return 0;
 }
 double group_normalize_bwd(const GroupNormalizeGradArgs& a) {
   const Doubled scores(a.scores), lengths(a.lengths), grad(a.grad);
   for (int64_t g = 0; g < a.groups.count; ++g) {
-    const GroupMoments m = moments_of(a.groups, g, scores.data, lengths.data);
+    const GroupMoments m = moments_of(a.groups, g, scores.data, lengths.data, a.options.omit);
     const double stretch = stretch_of(m, a.options.baseline);
     double d = 0, e = 0;
+    auto left_out = [&](int64_t r) { return a.options.omit && scores.data[r] != scores.data[r]; };
     for_group(a.groups, g, [&](int64_t r) {
+      if (left_out(r)) return;
       d += grad.data[r];
       e += grad.data[r] * stretch * ((scores.data[r] - m.shift) - m.baseline);
     });
     for_group(a.groups, g, [&](int64_t r) {
       const double weight = lengths.data ? lengths.data[r] : 1.0;
-      put(a.d_scores, r, normalize_grad(m, a.options, scores.data[r], grad.data[r], weight, d, e));
+      put(a.d_scores, r, left_out(r) ? 0.0 : normalize_grad(m, a.options, scores.data[r], grad.data[r], weight, d, e));
     });
   }
   return 0;
 }
-double group_advantage(const GroupAdvantageArgs& a) { return a.advantages.dtype == Dtype::f64 ? advantage_all<double>(a) : advantage_all<float>(a); }
 
 }  // namespace RLKERN_ISA
 }  // namespace rlkern

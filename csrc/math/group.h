@@ -52,11 +52,30 @@ struct GroupScale {
   }
   RLKERN_HD double operator()(double s) const { return ((s - g.shift) - g.baseline) * factor; }
 };
+// The largest score of a group, its first row, and the largest of the others. A NaN is larger than every number.
+struct BestTwo {
+  double best = -INFINITY, second = -INFINITY;
+  int64_t row = -1, rows = 0;
+  bool nan = false;
+  RLKERN_HD void add(double s, int64_t r) {
+    if (s != s) nan = true, s = INFINITY;
+    ++rows;
+    if (s > best || row < 0) second = best, best = s, row = r;
+    else if (s > second) second = s;
+  }
+  RLKERN_HD double lead() const { return nan || rows < 2 ? static_cast<double>(NAN) : best - second; }
+};
 // d: sum of the cotangents c of the group; e: sum of c * (s - baseline) * stretch. `weight` is the row's own.
 RLKERN_HD double normalize_grad(const GroupMoments& g, const GroupOptions& o, double s, double c, double weight, double d, double e) {
   if (alone(g)) return o.singleton == Singleton::raw ? c * inverse_scale(g, o) : 0.0;
   const double q = inverse_scale(g, o), linear = q * stretch_of(g, o.baseline) * (c - weight / g.weight * d);
   return o.scale ? linear - q * q * e * std_grad(g, s, o, 0.0) : linear;
+}
+
+// ---- optimal token baseline: the path variance of one token --------------------------------------------------------
+template <class V>
+RLKERN_HD V path_variance(V old_log_prob, V sum_pi_squared) {
+  return fused(constant<V>(-2), exp_of(old_log_prob), constant<V>(1)) + sum_pi_squared;
 }
 
 }  // namespace RLKERN_ISA

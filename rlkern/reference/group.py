@@ -6,18 +6,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlkern.reference import affine_scan
-from rlkern.reference import whiten as whitening
-
 
 # ---- the specification ----------------------------------------------------------------------------------------------
-def mean_std_loop(scores: Tensor, ids: Tensor, unbiased: bool, eps: float, singleton: str) -> tuple[Tensor, Tensor]:
-    """(mean, std) of each group; eps is the floor of the variance."""
+def mean_std_loop(scores: Tensor, ids: Tensor, unbiased: bool, eps: float, singleton: str, omit: bool = False) -> tuple[Tensor, Tensor]:
+    """(mean, std) of each group; eps is the floor of the variance. `omit`: of the scores that are not NaN."""
     mean, std = [], []
     for g in range(int(ids.max()) + 1 if len(ids) else 0):
         x = scores[ids == g]
-        if len(x) == 1:
-            mean.append(0.0 if singleton == "raw" else float(x[0]))
+        x = x[~x.isnan()] if omit else x
+        if len(x) <= 1:
+            mean.append(0.0 if singleton == "raw" else float(x.sum() / len(x)))
             std.append(float("nan") if singleton == "nan" else 1.0)
         else:
             mean.append(float(x.mean()))
@@ -26,19 +24,24 @@ def mean_std_loop(scores: Tensor, ids: Tensor, unbiased: bool, eps: float, singl
 
 
 def normalize_loop(
-    scores: Tensor, lengths: Tensor | None, ids: Tensor, baseline: str, scale: bool, unbiased: bool, eps: float, singleton: str
-) -> Tensor:
+    scores: Tensor, lengths: Tensor | None, ids: Tensor, baseline: str, scale: bool, unbiased: bool, eps: float, singleton: str,
+    omit: bool = False,
+) -> Tensor:  # fmt: skip
     """(s - baseline) / (std + eps), row by row; eps is added to the standard deviation."""
     out = torch.empty_like(scores)
     for b in range(len(scores)):
-        x, s = scores[ids == ids[b]], scores[b]
+        group = (ids == ids[b]) & ~(scores.isnan() & omit)
+        x, s = scores[group], scores[b]
         k = len(x)
+        if omit and s.isnan():
+            out[b] = s
+            continue
         if k == 1:
             out[b] = {"raw": s / (1 + eps) if scale else s, "zero": s - s, "nan": s.new_tensor(float("nan"))}[singleton]
             continue
         center = x.mean() if baseline == "mean" else (x.sum() - s) / (k - 1)
         if baseline == "length_weighted" and lengths is not None:
-            n = lengths[ids == ids[b]].to(scores.dtype)
+            n = lengths[group].to(scores.dtype)
             center = (n * x).sum() / n.sum()
         out[b] = (s - center) / (x.std(correction=int(unbiased)) + eps) if scale else s - center
     return out
@@ -55,19 +58,36 @@ def _per_group(x: Tensor, ids: Tensor, like: Tensor) -> Tensor:
     return zero.index_add(0, ids, x) if x.device.type == "cpu" else zero.index_put((ids,), x, accumulate=True)
 
 
-def _moments(scores: Tensor, lengths: Tensor | None, ids: Tensor, order: Tensor, offsets: Tensor) -> tuple[Tensor, ...]:
+def _first(scores: Tensor, there: Tensor | None, ids: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
+    """Of each group the first score that counts."""
+    if there is None:
+        return scores[order[offsets[:-1]]]
+    last = len(scores) - 1
+    place = torch.where(there[order], torch.arange(len(scores), device=scores.device), last)
+    found = torch.full_like(offsets[:-1], last).scatter_reduce(0, ids[order], place, "amin")
+    return scores[order[found]].nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+
+
+def _moments(scores: Tensor, lengths: Tensor | None, ids: Tensor, order: Tensor, offsets: Tensor, omit: bool = False) -> tuple[Tensor, ...]:
     """Of each group: count, shift, mean and baseline as distances from shift, M2. Shift, the first score, keeps the digits
-    that a large common offset would take, and lets equal scores deviate by exactly 0."""
+    that a large common offset would take, and lets equal scores deviate by exactly 0. `omit`: NaN is no score."""
     count = (offsets[1:] - offsets[:-1]).to(scores.dtype)
-    first = scores.detach()[order[offsets[:-1]]]
+    there = ~scores.detach().isnan() if omit else None
+    if there is not None:
+        count = _per_group(there.to(scores.dtype), ids, count)
+    first = _first(scores.detach(), there, ids, order, offsets)
     shift = torch.where(first.isfinite(), first, torch.zeros_like(first))
     distance = scores - shift[ids]
+    distance = distance if there is None else torch.where(there, distance, torch.zeros_like(distance))
     mean = _per_group(distance, ids, count) / count
     baseline = mean
     if lengths is not None:
         weights = lengths.to(scores.dtype)
+        weights = weights if there is None else torch.where(there, weights, torch.zeros_like(weights))
         baseline = _per_group(weights * distance, ids, count) / _per_group(weights, ids, count)
-    return count, shift, mean, baseline, _per_group((distance - mean[ids]).square(), ids, count)
+    deviation = distance - mean[ids]
+    deviation = deviation if there is None else torch.where(there, deviation, torch.zeros_like(deviation))
+    return count, shift, mean, baseline, _per_group(deviation.square(), ids, count)
 
 
 def _std(m2: Tensor, count: Tensor, unbiased: bool, floor: float) -> Tensor:
@@ -80,10 +100,10 @@ def _std(m2: Tensor, count: Tensor, unbiased: bool, floor: float) -> Tensor:
 
 
 def mean_std(
-    scores: Tensor, ids: Tensor, order: Tensor, offsets: Tensor, unbiased: bool, eps: float, singleton: str
+    scores: Tensor, ids: Tensor, order: Tensor, offsets: Tensor, unbiased: bool, eps: float, singleton: str, omit: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The raw op `_group_mean_std_fwd`."""
-    count, shift, mean, _, m2 = _moments(scores.to(_wide(scores)), None, ids, order, offsets)
+    count, shift, mean, _, m2 = _moments(scores.to(_wide(scores)), None, ids, order, offsets, omit)
     mean, std = shift + mean, _std(m2, count, unbiased, eps)
     alone = count <= 1
     # of one row: the mean is the score itself, and so is its derivative
@@ -105,10 +125,11 @@ def normalize(
     unbiased: bool,
     eps: float,
     singleton: str,
+    omit: bool = False,
 ) -> Tensor:
     """The raw op `_group_normalize_fwd`."""
     wide = scores.to(_wide(scores))
-    count, shift, _, center, m2 = _moments(wide, lengths, ids, order, offsets)
+    count, shift, _, center, m2 = _moments(wide, lengths, ids, order, offsets, omit)
     alone = count <= 1
     factor = (_std(m2, count, unbiased, 0.0) + eps).reciprocal() if scale else torch.ones_like(count)
     stretched = factor * count / torch.where(alone, torch.ones_like(count), count - 1)
@@ -118,37 +139,11 @@ def normalize(
     shift, center = torch.where(alone, zero, shift), torch.where(alone, zero, center)
     if singleton == "zero":
         stretched = torch.where(alone, zero, stretched)
-    found = ((wide - shift[ids]) - center[ids]) * stretched[ids]
+    kept = torch.where(wide.isnan(), torch.zeros_like(wide), wide) if omit else wide
+    found = ((kept - shift[ids]) - center[ids]) * stretched[ids]
     if singleton == "nan":
         found = torch.where(alone[ids], torch.full_like(found, float("nan")), found)
-    return found.to(scores.dtype)
-
-
-def advantage(
-    token_level_rewards: Tensor,
-    response_mask: Tensor,
-    ids: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    cu_seqlens: Tensor | None,
-    baseline: str,
-    scale: bool,
-    eps: float,
-    singleton: str,
-    whiten: list[bool] | None,
-    whiten_eps: float,
-) -> Tensor:
-    """The raw op `_group_advantage_fwd`."""
-    rewards, valid = affine_scan.rows(cu_seqlens, token_level_rewards, response_mask != 0)
-    scores = rewards.sum(1, dtype=_wide(rewards))
-    tokens = valid.sum(1) if whiten is not None or baseline == "length_weighted" else None
-    lengths = tokens if baseline == "length_weighted" else None
-    values = normalize(scores, lengths, ids, order, offsets, baseline, scale, True, eps, singleton)
-    if whiten is not None and tokens is not None:  # a row's tokens are equal: its value, weighted by their number
-        values = whitening.whiten("advantages.reinforce_plus_plus_baseline", values, tokens, whiten, whiten_eps)
-    dtype = torch.promote_types(rewards.dtype, response_mask.dtype) if response_mask.is_floating_point() else rewards.dtype
-    values = values.to(dtype)[:, None]
-    return affine_scan.unrows(cu_seqlens, torch.where(valid, values, torch.zeros_like(values)), token_level_rewards)
+    return (torch.where(wide.isnan(), wide, found) if omit else found).to(scores.dtype)
 
 
 # ---- adjoints -------------------------------------------------------------------------------------------------------
@@ -171,13 +166,15 @@ def mean_std_bwd(
     unbiased: bool,
     eps: float,
     singleton: str,
+    omit: bool = False,
 ) -> Tensor:
     """The raw op `_group_mean_std_bwd`."""
     wide = scores.to(_wide(scores))
-    count, shift, mean, _, m2 = _moments(wide, None, ids, order, offsets)
+    count, shift, mean, _, m2 = _moments(wide, None, ids, order, offsets, omit)
     slope = _std_grad(count, ids, (wide - shift[ids]) - mean[ids], m2, unbiased, eps)
     of_mean = torch.where((count <= 1) & (singleton == "raw"), torch.zeros_like(count), 1.0 / count)
-    return ((grad_mean.to(wide.dtype) * of_mean)[ids] + grad_std.to(wide.dtype)[ids] * slope).to(scores.dtype)
+    found = (grad_mean.to(wide.dtype) * of_mean)[ids] + grad_std.to(wide.dtype)[ids] * slope
+    return (torch.where(wide.isnan(), torch.zeros_like(found), found) if omit else found).to(scores.dtype)
 
 
 def normalize_bwd(
@@ -192,15 +189,20 @@ def normalize_bwd(
     unbiased: bool,
     eps: float,
     singleton: str,
+    omit: bool = False,
 ) -> Tensor:
     """The raw op `_group_normalize_bwd`: q stretch (c - w sum c) - q^2 (sum c d) d std, with q = 1 / (std + eps), the row's
     share w of the baseline and its distance d from it."""
     wide, c = scores.to(_wide(scores)), grad.to(_wide(scores))
-    count, shift, mean, center, m2 = _moments(wide, lengths, ids, order, offsets)
+    count, shift, mean, center, m2 = _moments(wide, lengths, ids, order, offsets, omit)
+    weights = torch.ones_like(wide) if lengths is None else lengths.to(wide.dtype)
+    there = None
+    if omit:  # what is left out gets no gradient, and gives none
+        there = ~wide.isnan()
+        c, weights, wide = (torch.where(there, x, torch.zeros_like(x)) for x in (c, weights, wide))
     alone, one = count <= 1, torch.ones_like(count)
     q = (_std(m2, count, unbiased, 0.0) + eps).reciprocal() if scale else one
     stretch = count / torch.where(alone, one, count - 1) if baseline == "leave_one_out" else one
-    weights = torch.ones_like(wide) if lengths is None else lengths.to(wide.dtype)
     share = weights / _per_group(weights, ids, count)[ids]
     found = (q * stretch)[ids] * (c - share * _per_group(c, ids, count)[ids])
     if scale:
@@ -208,4 +210,5 @@ def normalize_bwd(
         slope = _std_grad(count, ids, (wide - shift[ids]) - mean[ids], m2, unbiased, 0.0)
         found = found - (q * q * _per_group(c * distance, ids, count))[ids] * slope
     lone = c * q[ids] if singleton == "raw" else torch.zeros_like(c)
-    return torch.where(alone[ids], lone, found).to(scores.dtype)
+    found = torch.where(alone[ids], lone, found)
+    return (found if there is None else torch.where(there, found, torch.zeros_like(found))).to(scores.dtype)

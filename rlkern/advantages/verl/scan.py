@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""verl's advantage estimators under verl's names, positional order and defaults. No autograd, as in verl."""
+"""verl's estimators of token-level rewards: scans along each row."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from torch import Tensor
 
 # the families' modules define the raw ops used here
 from rlkern import check, library, scan  # noqa: F401
-from rlkern.advantages.outcome import WHITEN_EPS, WHITEN_MASKED, batch, outcome, plain
+from rlkern.advantages.outcome import WHITEN_EPS, WHITEN_MASKED, batch, plain
 from rlkern.backends import pick
 from rlkern.types import Advantages
-
-__all__ = ["gae", "grpo", "opo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "remax", "rloo"]
 
 _KL_OFF = ("none", [0.0, 0.0, 0.0, 0.0])
 _WHITEN = [True, False, True, True, False]  # WHITEN_MASKED, but the output is not masked
@@ -74,191 +72,6 @@ def gae(
     rewards, values, mask = plain(token_level_rewards), plain(values), plain(response_mask)
     args = (rewards, values, mask, None, None, None, None, cu, "skip", gamma, lam, 0.0, *_KL_OFF, _WHITEN, WHITEN_EPS)
     return Advantages(*library.call("_gae_fwd", *args, backend=pick("_gae_fwd", values), out=out))
-
-
-def grpo(
-    token_level_rewards: Tensor,
-    response_mask: Tensor,
-    index: Any,
-    epsilon: float = 1e-6,
-    norm_adv_by_std_in_grpo: bool = True,
-    *,
-    cu_seqlens: Tensor | None = None,
-    out: Tensor | None = None,
-) -> Advantages:
-    r"""Group relative advantages: the row's summed reward, normalized in its group, at every valid token.
-
-    A = (s - mean_g) / (std_g + epsilon), s = sum of the row's rewards; s - mean_g without the deviation (Dr. GRPO). A group
-    of one row has mean 0 and deviation 1.
-
-    Args:
-        token_level_rewards: (B, T) or packed (N,), floating point; read everywhere: rewards on masked tokens count, and NaN
-            anywhere in a row shows in its group.
-        response_mask: like token_level_rewards, bool, integer or float; nonzero = trainable token, whatever the number.
-        index: labels (B,), one a row, or their `rlkern.group_index`; equal = same prompt.
-        epsilon: added to the standard deviation, in units of the rewards.
-        norm_adv_by_std_in_grpo: divide by the standard deviation, or not.
-        cu_seqlens: (rows + 1,) offsets of packed rows, int32 or int64.
-        out: a tensor like the result to write into.
-
-    Returns:
-        Advantages(advantages, returns), one tensor like the rewards twice, exactly 0 where masked, in the promoted dtype of
-        rewards and a float mask.
-
-    Gradient:
-        None, as in verl. `rlkern.group_normalize` has one.
-
-    Numerics:
-        Sums and statistics in float64. Equal rewards give exactly 0; verl's rounding gives them up to 0.95.
-
-    Raises:
-        ValueError, TypeError: shapes, dtypes, devices or labels that do not fit.
-
-    Example:
-        >>> r, m = torch.tensor([[0.0, 1.0], [0.0, 0.0], [2.0, 0.0]]), torch.tensor([[1, 1], [1, 0], [1, 1]])
-        >>> rlkern.advantages.grpo(r, m, ["a", "a", "b"]).advantages
-        tensor([[ 0.7071,  0.7071],
-                [-0.7071,  0.0000],
-                [ 2.0000,  2.0000]])
-
-    Source:
-        Shao et al. 2024 (arXiv 2402.03300), Liu et al. 2025 (Dr. GRPO, arXiv 2503.20783); verl compute_grpo_outcome_advantage.
-    """
-    eps = check.number("advantages.grpo", "epsilon", epsilon, 0.0)
-    return outcome("grpo", token_level_rewards, response_mask, index, cu_seqlens, out, "mean", bool(norm_adv_by_std_in_grpo), eps)
-
-
-def rloo(
-    token_level_rewards: Tensor,
-    response_mask: Tensor,
-    index: Any,
-    *,
-    cu_seqlens: Tensor | None = None,
-    out: Tensor | None = None,
-) -> Advantages:
-    r"""Leave-one-out advantages: the row's summed reward less the mean of the others in its group.
-
-    A = s - mean of the group's other rows = (s - mean_g) k / (k - 1). A group of one row keeps s.
-
-    Args:
-        token_level_rewards: (B, T) or packed (N,), as in `grpo`: read everywhere.
-        response_mask: like token_level_rewards, bool, integer or float; nonzero = trainable token.
-        index: labels (B,), one a row, or their `rlkern.group_index`.
-        cu_seqlens: (rows + 1,) offsets of packed rows, int32 or int64.
-        out: a tensor like the result to write into.
-
-    Returns:
-        Advantages(advantages, returns), one tensor like the rewards twice, exactly 0 where masked.
-
-    Gradient:
-        None, as in verl.
-
-    Numerics:
-        As `grpo`.
-
-    Raises:
-        ValueError, TypeError: shapes, dtypes, devices or labels that do not fit.
-
-    Example:
-        >>> r, m = torch.tensor([[0.0, 1.0], [0.0, 0.0]]), torch.tensor([[1, 1], [1, 0]])
-        >>> rlkern.advantages.rloo(r, m, ["a", "a"]).advantages
-        tensor([[ 1.,  1.],
-                [-1.,  0.]])
-
-    Source:
-        Ahmadian et al. 2024 (arXiv 2402.14740); verl compute_rloo_outcome_advantage (its vectorized form gives a lone row 0).
-    """
-    return outcome("rloo", token_level_rewards, response_mask, index, cu_seqlens, out, "leave_one_out")
-
-
-def opo(
-    token_level_rewards: Tensor,
-    response_mask: Tensor,
-    index: Any,
-    *,
-    cu_seqlens: Tensor | None = None,
-    out: Tensor | None = None,
-) -> Advantages:
-    r"""Advantages on the optimal reward baseline: the group's mean weighted by length.
-
-    A = s - sum n s / sum n over the group, n = valid tokens of a row. A group of one row keeps s.
-
-    Args:
-        token_level_rewards: (B, T) or packed (N,), as in `grpo`: read everywhere.
-        response_mask: like token_level_rewards, bool, integer or float; nonzero = trainable token, each counts 1.
-        index: labels (B,), one a row, or their `rlkern.group_index`.
-        cu_seqlens: (rows + 1,) offsets of packed rows, int32 or int64.
-        out: a tensor like the result to write into.
-
-    Returns:
-        Advantages(advantages, returns), one tensor like the rewards twice, exactly 0 where masked (verl: NaN in all rows of a
-        group that has no valid token).
-
-    Gradient:
-        None, as in verl.
-
-    Numerics:
-        As `grpo`.
-
-    Raises:
-        ValueError, TypeError: shapes, dtypes, devices or labels that do not fit.
-
-    Example:
-        >>> r, m = torch.tensor([[0.0, 3.0], [0.0, 0.0]]), torch.tensor([[1, 1], [1, 0]])
-        >>> rlkern.advantages.opo(r, m, ["a", "a"]).advantages
-        tensor([[ 1.,  1.],
-                [-2.,  0.]])
-
-    Source:
-        Hao et al. 2025 (arXiv 2505.23585); verl compute_opo_outcome_advantage.
-    """
-    return outcome("opo", token_level_rewards, response_mask, index, cu_seqlens, out, "length_weighted")
-
-
-def reinforce_plus_plus_baseline(
-    token_level_rewards: Tensor,
-    response_mask: Tensor,
-    index: Any,
-    *,
-    cu_seqlens: Tensor | None = None,
-    out: Tensor | None = None,
-) -> Advantages:
-    r"""REINFORCE++ with a group baseline: the summed reward less its group's mean, whitened over the batch's valid tokens.
-
-    d = s - mean_g at every valid token; A = (d - mean) / sqrt(var + 1e-8) with mean and sample variance over all valid
-    tokens. A group of one row has mean 0.
-
-    Args:
-        token_level_rewards: (B, T) or packed (N,), as in `grpo`: read everywhere.
-        response_mask: like token_level_rewards, bool, integer or float; nonzero = trainable token, each counts 1.
-        index: labels (B,), one a row, or their `rlkern.group_index`.
-        cu_seqlens: (rows + 1,) offsets of packed rows, int32 or int64.
-        out: a tensor like the result to write into.
-
-    Returns:
-        Advantages(advantages, returns), one tensor like the rewards twice, exactly 0 where masked.
-
-    Gradient:
-        None, as in verl.
-
-    Numerics:
-        As `grpo`; the moments over tokens come from one value and one count a row.
-
-    Raises:
-        ValueError: a mask with no valid token, or with one. ValueError, TypeError: shapes, dtypes, devices or labels that do
-            not fit.
-
-    Example:
-        >>> r, m = torch.tensor([[0.0, 1.0], [0.0, 0.0]]), torch.tensor([[1, 0], [1, 0]])
-        >>> rlkern.advantages.reinforce_plus_plus_baseline(r, m, ["a", "a"]).advantages
-        tensor([[ 0.7071,  0.0000],
-                [-0.7071,  0.0000]])
-
-    Source:
-        Hu et al. 2025 (arXiv 2501.03262); verl compute_reinforce_plus_plus_baseline_outcome_advantage.
-    """
-    name = "reinforce_plus_plus_baseline"
-    return outcome(name, token_level_rewards, response_mask, index, cu_seqlens, out, "mean", whiten=WHITEN_MASKED)
 
 
 def reinforce_plus_plus(
