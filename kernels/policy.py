@@ -150,8 +150,8 @@ def policy_variant_fwd_kernel(
     stats, shared, low: tl.float64, high: tl.float64, cap: tl.float64, clamp: tl.float64, log_low: tl.float64, log_high: tl.float64,
     o0: tl.float64, o1: tl.float64, o2: tl.float64, o3: tl.float64, kl_coef: tl.float64, entropy_coeff: tl.float64,
     ratio_low: tl.float64, ratio_high: tl.float64, value_low: tl.float64, value_high: tl.float64, SPREAD: tl.constexpr,
-    MODE: tl.constexpr, FROM: tl.constexpr, KIND: tl.constexpr, LEVEL: tl.constexpr, BY_RATIO: tl.constexpr, KL: tl.constexpr, BOUNDED: tl.constexpr,
-    STRAIGHT: tl.constexpr, KL_GRAD: tl.constexpr, A: tl.constexpr, INNER: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    MODE: tl.constexpr, FROM: tl.constexpr, KIND: tl.constexpr, LEVEL: tl.constexpr, BY_RATIO: tl.constexpr, KL: tl.constexpr,
+    BOUNDED: tl.constexpr, STRAIGHT: tl.constexpr, KL_GRAD: tl.constexpr, A: tl.constexpr, INNER: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Without `shared`: everything. With it, first (SPREAD False) all but d_log_prob, leaving there each chunk's share of what
     goes through the row's ratio; then (SPREAD) d_log_prob alone."""
@@ -304,4 +304,5 @@ def policy_variant_fwd(
 
 
 def _spread(at: Chunked, tensors: list[Tensor | None], rest: tuple[Any, ...], choice: dict[str, Any]) -> None:
-    launch.over(at.rows.B * at.chunks, SWEEP, policy_variant_fwd_kernel, at.rows, tensors, at.cu_seqlens, at.chunks, None, *rest, **choice, SPREAD=True)  # fmt: skip
+    args = (at.rows, tensors, at.cu_seqlens, at.chunks, None, *rest)
+    launch.over(at.rows.B * at.chunks, SWEEP, policy_variant_fwd_kernel, *args, **choice, SPREAD=True)

@@ -3,7 +3,6 @@
 stable sort, since the ranks of a whole batch are no sweep."""
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
