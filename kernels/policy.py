@@ -96,9 +96,10 @@ def row_numbers(parts, row, chunks, clamp, o0, o1, o2, o3, KIND: tl.constexpr, L
 
 # ---- a block of tokens --------------------------------------------------------------------------------------------------
 @triton.jit
-def step(lp, old, a, w, behave, ref, marked, of_row, c, kl_coef, kl_range, KIND: tl.constexpr, LEVEL: tl.constexpr, BY_RATIO: tl.constexpr,
+def step(seen, of_row, c, kl_coef, kl_range, KIND: tl.constexpr, LEVEL: tl.constexpr, BY_RATIO: tl.constexpr,
          KL: tl.constexpr, BOUNDED: tl.constexpr, STRAIGHT: tl.constexpr, KL_GRAD: tl.constexpr):  # fmt: skip
     """loss, its derivative by log_prob and by the log of the ratio, KL, log-ratio, what the metrics report of it, clipped, lower."""
+    lp, old, a, w, behave, ref, marked = seen
     THROUGH: tl.constexpr = KIND == "clip" or KIND == "kl_cov" or KIND == "sapo"
     raw = lp - old
     x = math.clamped(raw, 0.0 - c[3], c[3])
@@ -140,40 +141,53 @@ def step(lp, old, a, w, behave, ref, marked, of_row, c, kl_coef, kl_range, KIND:
     return loss, own, through, kl, raw, own_x, clipped, lower
 
 
+@triton.jit
+def read_valid(x, of_row, stride, start, first, inside, valid, INNER: tl.constexpr, ALIGNED: tl.constexpr, A: tl.constexpr):
+    """0 where masked; of one value a row, that."""
+    return tl.where(valid, operand(x, of_row, stride, start, first, inside, INNER, ALIGNED, A), 0.0)
+
+
+@triton.jit
+def add(found, clips, lowers, valid, clipped, lower, ALIGNED: tl.constexpr):
+    return found + in_lanes(valid, ALIGNED), clips + in_lanes(clipped & valid, ALIGNED), lowers + in_lanes(lower & valid, ALIGNED)
+
+
+@triton.jit
+def given_of_row(stats, row, chunks, clamp, o0, o1, o2, o3, KIND: tl.constexpr, LEVEL: tl.constexpr, A: tl.constexpr):
+    """The row's own numbers as `step` takes them, and its valid tokens; nothing without `stats`."""
+    if stats is None:
+        nothing = math.constant(0, A)
+        return 1.0, (nothing, nothing, nothing, nothing, nothing)
+    else:
+        count, x, blocked, gain, harm = row_numbers(stats, row, chunks, clamp, o0, o1, o2, o3, KIND, LEVEL)
+        return count, (x.to(A), math.exp_of(x).to(A), blocked.to(A), gain.to(A), harm.to(A))
+
+
 @launch.kernel
 def policy_variant_fwd_kernel(
     log_prob, old_log_prob, advantages, mask, weights, ref_log_prob, entropy, selected, behave, d_log_prob, d_entropy,
-    log_prob_stride: tl.int64, old_log_prob_stride: tl.int64, advantages_stride: tl.int64, mask_stride: tl.int64,
-    weights_stride: tl.int64, ref_log_prob_stride: tl.int64, entropy_stride: tl.int64, selected_stride: tl.int64, behave_stride: tl.int64,
-    d_log_prob_stride: tl.int64, d_entropy_stride: tl.int64, T: tl.int64, cu_seqlens, chunks: tl.int32, parts,
-    row_counts, local, counts, dp_size: tl.float64, tokens: tl.float64, sequences: tl.float64, norm: tl.float64,
+    log_prob_stride: tl.int64, old_log_prob_stride: tl.int64, advantages_stride: tl.int64, mask_stride: tl.int64, weights_stride: tl.int64,
+    ref_log_prob_stride: tl.int64, entropy_stride: tl.int64, selected_stride: tl.int64, behave_stride: tl.int64,
+    d_log_prob_stride: tl.int64, d_entropy_stride: tl.int64, T: tl.int64, cu_seqlens, chunks: tl.int32, parts, row_counts, local, counts,
+    dp_size: tl.float64, tokens: tl.float64, sequences: tl.float64, norm: tl.float64,
     stats, shared, low: tl.float64, high: tl.float64, cap: tl.float64, clamp: tl.float64, log_low: tl.float64, log_high: tl.float64,
-    o0: tl.float64, o1: tl.float64, o2: tl.float64, o3: tl.float64, kl_coef: tl.float64, entropy_coeff: tl.float64,
-    ratio_low: tl.float64, ratio_high: tl.float64, value_low: tl.float64, value_high: tl.float64, SPREAD: tl.constexpr,
-    MODE: tl.constexpr, FROM: tl.constexpr, KIND: tl.constexpr, LEVEL: tl.constexpr, BY_RATIO: tl.constexpr, KL: tl.constexpr,
-    BOUNDED: tl.constexpr, STRAIGHT: tl.constexpr, KL_GRAD: tl.constexpr, A: tl.constexpr, INNER: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    o0: tl.float64, o1: tl.float64, o2: tl.float64, o3: tl.float64, kl_coef: tl.float64, entropy_coeff: tl.float64, ratio_low: tl.float64,
+    ratio_high: tl.float64, value_low: tl.float64, value_high: tl.float64, MODE: tl.constexpr, FROM: tl.constexpr, KIND: tl.constexpr,
+    LEVEL: tl.constexpr, BY_RATIO: tl.constexpr, KL: tl.constexpr, BOUNDED: tl.constexpr, STRAIGHT: tl.constexpr, KL_GRAD: tl.constexpr,
+    SPREAD: tl.constexpr, A: tl.constexpr, INNER: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Without `shared`: everything. With it, first (SPREAD False) all but d_log_prob, leaving there each chunk's share of what
-    goes through the row's ratio; then (SPREAD) d_log_prob alone."""
+    """Without `shared`: everything. With it, first (SPREAD False) all but d_log_prob, and in it each chunk's share of what goes
+    through the row's ratio; then (SPREAD) d_log_prob alone."""
     row, start, T, first, end = aggregation.chunk_of(T, cu_seqlens, chunks, ALIGNED, BLOCK)
-    low, high, cap, clamp_ = bounds(low, high, cap, clamp, A)
-    log_low, log_high, own0, own1 = bounds(log_low, log_high, o0, o1, A)
-    c = (low, high, cap, clamp_, log_low, log_high, own0, own1)
+    c = bounds(low, high, cap, clamp, A) + bounds(log_low, log_high, o0, o1, A)
     kl_range = bounds(ratio_low, ratio_high, value_low, value_high, A)
     coef = math.constant(kl_coef, A)
-    of_row, count = (coef, coef, coef, coef, coef), 1.0
-    if stats is not None:
-        count, of_x, of_blocked, gain, harm = row_numbers(stats, row, chunks, clamp, o0, o1, o2, o3, KIND, LEVEL)
-        of_row = (of_x.to(A), math.exp_of(of_x).to(A), of_blocked.to(A), gain.to(A), harm.to(A))
+    count, of_row = given_of_row(stats, row, chunks, clamp, o0, o1, o2, o3, KIND, LEVEL, A)
     if d_log_prob is not None or d_entropy is not None:
         wide = aggregation.grad_weight(row, chunks, row_counts, local, counts, dp_size, tokens, sequences, norm, MODE, FROM)
-        g = wide.to(A)
-        d_bonus = (math.constant(0 - entropy_coeff, tl.float64) * g).to(A)
+        g, d_bonus = wide.to(A), (math.constant(0 - entropy_coeff, tl.float64) * wide).to(A)
     if SPREAD:
-        part = total_of_row(shared, 0, row, chunks) * wide
-        if LEVEL == "sequence":
-            part = part / count
-        part = part.to(A)
+        part = (total_of_row(shared, 0, row, chunks) * wide / (count if LEVEL == "sequence" else 1.0)).to(A)
     row_advantage = value_of_row(advantages, advantages_stride, row, first < end, INNER[2], A, BLOCK)
     row_w = value_of_row(weights, weights_stride, row, first < end, INNER[4], A, BLOCK)
     found, clips, lowers, bads = none(tl.int32), none(tl.int32), none(tl.int32), none(tl.int32)
@@ -182,11 +196,11 @@ def policy_variant_fwd_kernel(
     while first < end:
         inside = launch.within(first, T, ALIGNED, BLOCK)
         valid = valid_tokens(mask, mask_stride, start, first, inside, INNER[3], ALIGNED)
-        lp = tl.where(valid, launch.load(log_prob, log_prob_stride, start, first, inside, INNER[0], ALIGNED).to(A), 0.0)
-        old = tl.where(valid, launch.load(old_log_prob, old_log_prob_stride, start, first, inside, INNER[1], ALIGNED).to(A), 0.0)
-        a = tl.where(valid, operand(advantages, row_advantage, advantages_stride, start, first, inside, INNER[2], ALIGNED, A), 0.0)
-        w, b, ref, marked = None, None, None, None
-        if weights is not None and KIND != "vespo" and KIND != "geo_mean":
+        lp = read_valid(log_prob, row_w, log_prob_stride, start, first, inside, valid, INNER[0], ALIGNED, A)
+        old = read_valid(old_log_prob, row_w, old_log_prob_stride, start, first, inside, valid, INNER[1], ALIGNED, A)
+        a = read_valid(advantages, row_advantage, advantages_stride, start, first, inside, valid, INNER[2], ALIGNED, A)
+        w, ref, marked, b = None, None, None, None
+        if weights is not None:
             w = operand(weights, row_w, weights_stride, start, first, inside, INNER[4], ALIGNED, A)
         if KL != "none":
             ref = launch.load(ref_log_prob, ref_log_prob_stride, start, first, inside, INNER[5], ALIGNED).to(A)
@@ -194,9 +208,8 @@ def policy_variant_fwd_kernel(
             marked = valid & (launch.load(selected, selected_stride, start, first, inside, INNER[7], ALIGNED) != 0)
         if behave is not None:
             b = launch.load(behave, behave_stride, start, first, inside, INNER[8], ALIGNED).to(A)
-        loss, own, through, kl, raw, x, clipped, lower = step(
-            lp, old, a, w, b, ref, marked, of_row, c, coef, kl_range, KIND, LEVEL, BY_RATIO, KL, BOUNDED, STRAIGHT, KL_GRAD
-        )
+        seen = (lp, old, a, w, b, ref, marked)
+        loss, own, through, kl, raw, x, clipped, lower = step(seen, of_row, c, coef, kl_range, KIND, LEVEL, BY_RATIO, KL, BOUNDED, STRAIGHT, KL_GRAD)
         if SPREAD:
             launch.store(d_log_prob, d_log_prob_stride, start, first, tl.where(valid, part + own * g, 0.0), inside, ALIGNED)
         else:
@@ -207,17 +220,12 @@ def policy_variant_fwd_kernel(
             if d_entropy is not None:
                 launch.store(d_entropy, d_entropy_stride, start, first, tl.where(valid, d_bonus, 0.0), inside, ALIGNED)
             if entropy is not None:
-                bonus = launch.load(entropy, entropy_stride, start, first, inside, INNER[6], ALIGNED)
-                bonuses += in_lanes(tl.where(valid, bonus, 0.0), ALIGNED)
+                bonuses += in_lanes(read_valid(entropy, row_w, entropy_stride, start, first, inside, valid, INNER[6], ALIGNED, A), ALIGNED)
             loss = tl.where(valid, loss, 0.0)
-            found, clips, lowers = (
-                found + in_lanes(valid, ALIGNED),
-                clips + in_lanes(clipped & valid, ALIGNED),
-                lowers + in_lanes(lower & valid, ALIGNED),
-            )
+            found, clips, lowers = add(found, clips, lowers, valid, clipped, lower, ALIGNED)
             bads, losses = bads + in_lanes(loss - loss != 0, ALIGNED), losses + in_lanes(loss, ALIGNED)
-            xs, kls = xs + in_lanes(tl.where(valid, x, 0.0), ALIGNED), kls + in_lanes(tl.where(valid, kl, 0.0), ALIGNED)
-            far, most = largest(far, most, tl.where(valid, raw, 0.0), valid, ALIGNED)
+            xs, kls = xs + in_lanes(x, ALIGNED), kls + in_lanes(tl.where(valid, kl, 0.0), ALIGNED)
+            far, most = largest(far, most, raw, valid, ALIGNED)
         first += BLOCK
     if not SPREAD:
         leave_policy(parts, found, clips, lowers, xs, losses, kls, bonuses, bads, most, far)
@@ -293,6 +301,8 @@ def policy_variant_fwd(
     terms: dict[str, Any] = {"KL": "none", "BOUNDED": False, "STRAIGHT": False, "KL_GRAD": False}
     if ref_log_prob is not None:
         terms = {**options(kl, kl_range), "STRAIGHT": kl.endswith("+"), "KL_GRAD": coefs[0] != 0}
+    if kind in OF_ROWS:  # in the row's own numbers, and nowhere else
+        tensors[4] = None
     rest = (row_counts, local, *agg.rest, stats, shared, 1 - low, 1 + high, cap, clamp, low, high, *own, *coefs, *kl_range)
     choice = {**agg.choice, **terms, "KIND": kind, "LEVEL": level, "BY_RATIO": by_ratio, "A": A}
     parts = aggregation.over_chunks(policy_variant_fwd_kernel, SWEEP, at, tensors, LAYOUT[0], *rest, **choice, SPREAD=False)

@@ -92,6 +92,8 @@ def policy_loss(
     rollout_log_prob: Tensor | None = None,
     ref_log_prob: Tensor | None = None,
     kl_penalty: Kl = "low_var_kl",
+    kl_log_ratio_range: tuple[float, float] | None | Literal["verl"] = "verl",
+    kl_value_range: tuple[float, float] | None | Literal["verl"] = "verl",
     kl_coef: float = 0.0,
     use_bias_correction_kl: bool = False,
     entropy: Tensor | None = None,
@@ -146,7 +148,8 @@ def policy_loss(
             for sapo, geo_mean and rloo; seq-mean-token-sum for luspo.
         rollout_is_weights: like advantages; multiplies l, detached.
         rollout_log_prob: like log_prob, for "decoupled" only: the behaviour policy's.
-        ref_log_prob, kl_penalty, kl_coef: the KL term (`kl_penalty` has the estimators); like log_prob, nats.
+        ref_log_prob, kl_penalty, kl_log_ratio_range, kl_value_range, kl_coef: the KL term, like log_prob, nats; `kl_penalty` has
+            the estimators and what clamps them (k3, unless you say otherwise, as verl does).
         use_bias_correction_kl: multiply the KL by r, with its gradient (TRL).
         entropy, entropy_coeff: the entropy term; like log_prob, nats.
         dp_size, batch_num_tokens, global_batch_size, loss_scale_factor: numbers or 0-dim tensors, which are never read on
@@ -189,8 +192,8 @@ def policy_loss(
     p = policy.arguments(
         "policy_loss", old_log_prob, log_prob, advantages, response_mask, variant, cliprange, cliprange_low, cliprange_high,
         clip_ratio_c, log_ratio_clamp, importance_sampling_level, sequence_grad, loss_agg_mode, rollout_is_weights, rollout_log_prob,
-        ref_log_prob, kl_penalty, kl_coef, use_bias_correction_kl, entropy, entropy_coeff, dp_size, batch_num_tokens,
-        global_batch_size, loss_scale_factor, cu_seqlens, **options,
+        ref_log_prob, kl_penalty, kl_log_ratio_range, kl_value_range, kl_coef, use_bias_correction_kl, entropy, entropy_coeff,
+        dp_size, batch_num_tokens, global_batch_size, loss_scale_factor, cu_seqlens, **options,
     )  # fmt: skip
     if check.wants_grad(p.log_prob, p.entropy):
         args = (p.log_prob, p.entropy, *p.tensors, *p.settings, p.plain, p.backend)

@@ -127,8 +127,8 @@ def _unread(op: str, variant: str, name: str, value: Any) -> Exception:
 def _settings(
     op: str, variant: str, cliprange: float | None, cliprange_low: float | None, cliprange_high: float | None,
     clip_ratio_c: float | None | str, log_ratio_clamp: float | None | str, level: str | None, sequence_grad: str | None,
-    mode: str | None, kl_penalty: str, kl_coef: float, by_ratio: bool, entropy_coeff: float, has_ref: bool, has_entropy: bool,
-    options: tuple[tuple[str, Any], ...],
+    mode: str | None, kl_penalty: str, kl_ranges: tuple[Any, Any], kl_coef: float, by_ratio: bool, entropy_coeff: float,
+    has_ref: bool, has_entropy: bool, options: tuple[tuple[str, Any], ...],
 ) -> Settings:  # fmt: skip
     check.word(op, "variant", variant, tuple(VARIANTS))
     v = VARIANTS[variant]
@@ -159,7 +159,7 @@ def _settings(
         raise check.fail(op, "kl_coef", "be 0 without ref_log_prob", kl_coef, "Give ref_log_prob.")
     if coefs[1] != 0 and not has_entropy:
         raise check.fail(op, "entropy_coeff", "be 0 without entropy", entropy_coeff, "Give entropy.")
-    kl, kl_range = estimator(op, kl_penalty)
+    kl, kl_range = estimator(op, kl_penalty, *kl_ranges)
     if by_ratio and (not has_ref or kl.endswith("+")):
         raise check.fail(op, "use_bias_correction_kl", "be False without ref_log_prob, or with a straight-through estimator", by_ratio,
                          "It multiplies the KL term by the ratio.")  # fmt: skip
@@ -239,8 +239,9 @@ def arguments(
     clip_ratio_c: float | None | str = "auto", log_ratio_clamp: float | None | str = "auto",
     importance_sampling_level: str | None = None, sequence_grad: str | None = None, loss_agg_mode: str | None = None,
     rollout_is_weights: Tensor | None = None, rollout_log_prob: Tensor | None = None, ref_log_prob: Tensor | None = None,
-    kl_penalty: str = "low_var_kl", kl_coef: float = 0.0, use_bias_correction_kl: bool = False, entropy: Tensor | None = None,
-    entropy_coeff: float = 0.0, dp_size: Count = 1, batch_num_tokens: Count = None, global_batch_size: Count = None,
+    kl_penalty: str = "low_var_kl", kl_log_ratio_range: Any = "verl", kl_value_range: Any = "verl", kl_coef: float = 0.0,
+    use_bias_correction_kl: bool = False, entropy: Tensor | None = None, entropy_coeff: float = 0.0, dp_size: Count = 1,
+    batch_num_tokens: Count = None, global_batch_size: Count = None,
     loss_scale_factor: Count = None, cu_seqlens: Tensor | None = None, **options: Any,
 ) -> Policy:  # fmt: skip
     check.batch(op, "log_prob", log_prob, cu_seqlens)
@@ -263,8 +264,8 @@ def arguments(
                        rollout_log_prob=rollout_log_prob)  # fmt: skip
     s = _settings_once(
         op, variant, cliprange, cliprange_low, cliprange_high, clip_ratio_c, log_ratio_clamp, importance_sampling_level,
-        sequence_grad, loss_agg_mode, kl_penalty, kl_coef, use_bias_correction_kl, entropy_coeff, ref is not None,
-        entropy is not None, tuple(options.items()),
+        sequence_grad, loss_agg_mode, kl_penalty, (kl_log_ratio_range, kl_value_range), kl_coef, use_bias_correction_kl,
+        entropy_coeff, ref is not None, entropy is not None, tuple(options.items()),
     )  # fmt: skip
     if (behave is not None) != (variant == "decoupled"):
         must = 'be given with variant "decoupled", and only then'
