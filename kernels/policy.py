@@ -96,10 +96,10 @@ def row_numbers(parts, row, chunks, clamp, o0, o1, o2, o3, KIND: tl.constexpr, L
 
 # ---- a block of tokens --------------------------------------------------------------------------------------------------
 @triton.jit
-def step(seen, of_row, c, kl_coef, kl_range, KIND: tl.constexpr, LEVEL: tl.constexpr, BY_RATIO: tl.constexpr,
+def step(seen, tensors, of_row, c, kl_coef, kl_range, KIND: tl.constexpr, LEVEL: tl.constexpr, BY_RATIO: tl.constexpr,
          KL: tl.constexpr, BOUNDED: tl.constexpr, STRAIGHT: tl.constexpr, KL_GRAD: tl.constexpr):  # fmt: skip
     """loss, its derivative by log_prob and by the log of the ratio, KL, log-ratio, what the metrics report of it, clipped, lower."""
-    lp, old, a, w, behave, ref, marked = seen
+    lp, old, a, w, ref, marked, behave = seen
     THROUGH: tl.constexpr = KIND == "clip" or KIND == "kl_cov" or KIND == "sapo"
     raw = lp - old
     x = math.clamped(raw, 0.0 - c[3], c[3])
@@ -112,16 +112,16 @@ def step(seen, of_row, c, kl_coef, kl_range, KIND: tl.constexpr, LEVEL: tl.const
     penalty = tl.zeros_like(lp)
     if KIND == "kl_cov":
         own_x = 0.0 - tl.abs(raw)
-        if marked is not None:
+        if tensors[5] is not None:
             penalty = tl.where(marked, c[6], 0.0)
     loss, grad, clipped, lower = variant_token(level, r, lp, old, a, penalty, of_row[3], of_row[4], c, KIND)
     if THROUGH:
         grad = tl.where(blocked, 0.0, grad)
-    if KIND == "clip" and marked is not None:  # clip-cov: these tokens leave the loss
+    if KIND == "clip" and tensors[5] is not None:  # clip-cov: these tokens leave the loss
         loss, grad, clipped = tl.where(marked, 0.0, loss), tl.where(marked, 0.0, grad), marked
-    if w is not None:
+    if tensors[3] is not None:
         loss, grad = loss * w, grad * w
-    if behave is not None:
+    if tensors[6] is not None:
         b = math.exp_of(old - behave)
         b = tl.where(b > c[7], 0.0, b)
         loss, grad = loss * b, grad * b
@@ -145,6 +145,25 @@ def step(seen, of_row, c, kl_coef, kl_range, KIND: tl.constexpr, LEVEL: tl.const
 def read_valid(x, of_row, stride, start, first, inside, valid, INNER: tl.constexpr, ALIGNED: tl.constexpr, A: tl.constexpr):
     """0 where masked; of one value a row, that."""
     return tl.where(valid, operand(x, of_row, stride, start, first, inside, INNER, ALIGNED, A), 0.0)
+
+
+@triton.jit
+def tokens_of(tensors, strides, row_advantage, row_w, at, INNER: tl.constexpr, ALIGNED: tl.constexpr, A: tl.constexpr):
+    """What `step` takes of a block; whatever where a tensor is absent."""
+    start, first, inside, valid = at
+    lp = read_valid(tensors[0], row_w, strides[0], start, first, inside, valid, INNER[0], ALIGNED, A)
+    old = read_valid(tensors[1], row_w, strides[1], start, first, inside, valid, INNER[1], ALIGNED, A)
+    a = read_valid(tensors[2], row_advantage, strides[2], start, first, inside, valid, INNER[2], ALIGNED, A)
+    w, ref, marked, b = lp, lp, valid, lp
+    if tensors[3] is not None:
+        w = operand(tensors[3], row_w, strides[3], start, first, inside, INNER[4], ALIGNED, A)
+    if tensors[4] is not None:
+        ref = launch.load(tensors[4], strides[4], start, first, inside, INNER[5], ALIGNED).to(A)
+    if tensors[5] is not None:
+        marked = valid & (launch.load(tensors[5], strides[5], start, first, inside, INNER[7], ALIGNED) != 0)
+    if tensors[6] is not None:
+        b = launch.load(tensors[6], strides[6], start, first, inside, INNER[8], ALIGNED).to(A)
+    return lp, old, a, w, ref, marked, b
 
 
 @triton.jit
@@ -193,23 +212,16 @@ def policy_variant_fwd_kernel(
     found, clips, lowers, bads = none(tl.int32), none(tl.int32), none(tl.int32), none(tl.int32)
     xs, losses, kls, bonuses, throughs = none(tl.float64), none(tl.float64), none(tl.float64), none(tl.float64), none(tl.float64)
     far, most = none(A), none(A) - float("inf")
+    tensors = (log_prob, old_log_prob, advantages, weights, ref_log_prob, selected, behave)
+    strides = (log_prob_stride, old_log_prob_stride, advantages_stride, weights_stride, ref_log_prob_stride, selected_stride, behave_stride)
     while first < end:
         inside = launch.within(first, T, ALIGNED, BLOCK)
         valid = valid_tokens(mask, mask_stride, start, first, inside, INNER[3], ALIGNED)
-        lp = read_valid(log_prob, row_w, log_prob_stride, start, first, inside, valid, INNER[0], ALIGNED, A)
-        old = read_valid(old_log_prob, row_w, old_log_prob_stride, start, first, inside, valid, INNER[1], ALIGNED, A)
-        a = read_valid(advantages, row_advantage, advantages_stride, start, first, inside, valid, INNER[2], ALIGNED, A)
-        w, ref, marked, b = None, None, None, None
-        if weights is not None:
-            w = operand(weights, row_w, weights_stride, start, first, inside, INNER[4], ALIGNED, A)
-        if KL != "none":
-            ref = launch.load(ref_log_prob, ref_log_prob_stride, start, first, inside, INNER[5], ALIGNED).to(A)
-        if selected is not None:
-            marked = valid & (launch.load(selected, selected_stride, start, first, inside, INNER[7], ALIGNED) != 0)
-        if behave is not None:
-            b = launch.load(behave, behave_stride, start, first, inside, INNER[8], ALIGNED).to(A)
-        seen = (lp, old, a, w, b, ref, marked)
-        loss, own, through, kl, raw, x, clipped, lower = step(seen, of_row, c, coef, kl_range, KIND, LEVEL, BY_RATIO, KL, BOUNDED, STRAIGHT, KL_GRAD)
+        at = (start, first, inside, valid)
+        seen = tokens_of(tensors, strides, row_advantage, row_w, at, INNER, ALIGNED, A)
+        loss, own, through, kl, raw, x, clipped, lower = step(
+            seen, tensors, of_row, c, coef, kl_range, KIND, LEVEL, BY_RATIO, KL, BOUNDED, STRAIGHT, KL_GRAD
+        )
         if SPREAD:
             launch.store(d_log_prob, d_log_prob_stride, start, first, tl.where(valid, part + own * g, 0.0), inside, ALIGNED)
         else:
@@ -295,8 +307,7 @@ def policy_variant_fwd(
     if (d_log_prob is not None or d_entropy is not None) and agg.counts_first():
         row_counts, local = aggregation.count_first(at, agg, 3, mask)
     by_ratio = flags[1] and ref_log_prob is not None
-    through = kind in ("clip", "kl_cov", "sapo") or by_ratio
-    if level != "token" and flags[0] and through and d_log_prob is not None:
+    if level != "token" and flags[0] and (kind in ("clip", "kl_cov", "sapo") or by_ratio) and d_log_prob is not None:
         shared = torch.empty((1, at.rows.B * at.chunks), dtype=torch.float64, device=log_prob.device)
     terms: dict[str, Any] = {"KL": "none", "BOUNDED": False, "STRAIGHT": False, "KL_GRAD": False}
     if ref_log_prob is not None:
@@ -309,8 +320,8 @@ def policy_variant_fwd(
     if shared is not None:
         _spread(at, tensors, rest, choice)
     given: dict[str, Any] = {"HAS_KL": ref_log_prob is not None, "HAS_ENTROPY": entropy is not None}
-    limit = clamp if level == "token" else float("inf")
-    aggregation.finish(policy_results_kernel, at, parts, LAYOUT, loss, sums, maxes, *agg.rest, limit, *coefs, **agg.choice, **given)
+    found = (loss, sums, maxes, *agg.rest, clamp if level == "token" else float("inf"), *coefs)
+    aggregation.finish(policy_results_kernel, at, parts, LAYOUT, *found, **agg.choice, **given)
 
 
 def _spread(at: Chunked, tensors: list[Tensor | None], rest: tuple[Any, ...], choice: dict[str, Any]) -> None:
