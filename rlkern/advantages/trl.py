@@ -30,7 +30,7 @@ def _rewards(op: str, rewards: Any) -> Any:
     if rewards.dim() not in (1, 2):
         raise check.fail(op, "rewards", "be (B, F) or (B,)", check.describe(rewards), "One column a reward function.")
     wide = torch.float32 if rewards.device.type == "mps" else torch.float64
-    return rewards.detach().reshape(rewards.shape[0], -1).to(wide)
+    return (rewards if rewards.dim() == 2 else rewards[:, None]).detach().to(wide)
 
 
 def _weights(op: str, weights: Tensor | Sequence[float] | None, rewards: Tensor) -> Tensor:
