@@ -184,8 +184,8 @@ def token_baseline_kernel(
 
 
 _INDEX = {"order": "i64", "offsets": "i64", "counts": "fp64"}
-_WALK = ("order", "counts") * 4 + ("order",) * 4 + ("order", "counts") * 4 + ("offsets",) * 2  # loops over rows, unrolled by four
-_PLAN = Plan(("returns", "variance", "mask", "returns", "mask"), ("out",), (128, 128), row_loads=_WALK[:21])
+_WALK = ("offsets",) * 2 + ("order", "counts") * 8 + ("order",) * 3  # loops over rows, unrolled
+_PLAN = Plan(("returns", "variance", "mask", "returns", "mask"), ("out",), (72, 72), row_loads=_WALK)
 _FORMS = {"BY_TOKEN": False, "ZERO_TAIL": True}
 VARIANTS += variants(token_baseline_kernel, COLUMNS, _PLAN, _FORMS, mask="i64", **_INDEX, **_FLOATS)
 
@@ -241,15 +241,16 @@ def optimal_token_baseline_fwd(
     counts = torch.empty(rows, dtype=torch.float64, device=returns.device)
     layout = launch.rows((response_mask,), cu_seqlens=cu_seqlens)
     launch.over(rows, TOKENS, aggregation.count_mask_kernel, layout, (response_mask,), cu_seqlens, 1, counts)
-    index: Any = (cu_seqlens, order, offsets, counts, eps)
     choice = {"BY_TOKEN": by_token, "ZERO_TAIL": zero_tail}
     if not by_token:
-        _columns((to_go, variance, response_mask, advantages), *index, choice)
+        _columns((to_go, variance, response_mask, advantages), cu_seqlens, order, offsets, counts, eps, choice)
         return
     packed, packed_variance = torch.zeros_like(w), torch.zeros_like(w)
     stride = 1 if cu_seqlens is not None else w.shape[-1]
     rows_of = (to_go, variance, response_mask)
     launch.over_rows(pack_tokens_kernel, launch.rows(rows_of, cu_seqlens=cu_seqlens), rows_of, cu_seqlens, packed, packed_variance, stride)
-    _columns((packed, packed_variance, None, packed), *index, choice)  # in place: a program alone has its columns
+    _columns(
+        (packed, packed_variance, None, packed), cu_seqlens, order, offsets, counts, eps, choice
+    )  # in place: a program alone has its columns
     both = (response_mask, advantages)
     launch.over_rows(unpack_tokens_kernel, launch.rows(both, cu_seqlens=cu_seqlens), both, cu_seqlens, packed, stride)

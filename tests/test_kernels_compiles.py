@@ -98,6 +98,17 @@ def step(T, make):
 
 every(step)
 """
+GROUP = """
+def step(T, make):
+    r, mask, old, out = (make(T) for _ in range(4))
+    index, scores = (torch.arange(8), torch.arange(8), torch.tensor([0, 3, 8])), torch.empty(8, 2)
+    for baseline, parts in (("second_best", (None, None, 0.0)), ("mean", (None, None, T / 1000)), ("mean", (scores, scores[0], 0.0))):
+        launch("_group_advantage_fwd", r, mask, *index, None, baseline, True, T / 1000, "raw", None, 1e-8, *parts, out)
+    for by_token in (False, True):
+        launch("_optimal_token_baseline_fwd", r, mask, old, old, None, *index, None, by_token, True, T / 1000, out, torch.empty_like(r))
+
+every(step)
+"""
 TWICE = {
     "kl": (KL, ["kl_penalty_bwd", "kl_penalty_fwd", "placed_rewards_fwd", "shape_rewards_bwd", "shape_rewards_fwd"]),
     "loss": (
@@ -115,9 +126,18 @@ TWICE = {
         + [f"whiten_{name}" for name in ("apply_rows_fwd", "bwd", "rows_bwd", "sums")]
         + ["group_advantage_fwd", "group_scores"],
     ),
+    "group": (
+        GROUP,
+        [
+            *("group_advantage_fwd", "group_scores", "path_variance", "affine_scan_fwd", "discounted_returns_fwd", "count_mask"),
+            *("pack_tokens", "unpack_tokens", "group_normalize_fwd"),  # the last: of row sums, and of component scores
+        ],
+    ),
 }
 # Kernels of no tokens, and those that a step calls with more than one choice of options.
 OTHERWISE = {
+    "group": {"group_lead": 1, "group_weigh": 1, "group_stretch": 1, "group_merge": 1}
+    | {"token_baseline": 4},  # of rows, and of their valid tokens
     "kl": {},
     "loss": {"merge_rows": 3},  # of the mask's counts, of a policy loss and of a value loss
     "scan": {"carries": 4, "gae_carries": 1, "merge": 1},  # carries: two directions, cuts or none

@@ -107,14 +107,15 @@ struct Sweeps {
     Running<A, false> sum;
     const int64_t valid = read(r, kept, [&](int64_t i, uint32_t m, Vec<A> reward, Vec<A> w) RLKERN_INLINE {
       storeu(rewards.data + i, reward);
-      storeu(variance.data + i, blend(m, sum(w), Vec<A>{}));
+      storeu(variance.data + i, m ? blend(m, sum(w), Vec<A>{}) : Vec<A>{});  // padding adds nothing, and is half a batch
     });
     const OutColumn<A> returns(a.returns, a.rows, r, stream);
     Running<A, true> rest;
     for_vectors<A, true>(a.rows.len(r), [&](int64_t i, int64_t n) RLKERN_INLINE {
-      const Vec<A> y = rest(loadu(rewards.data + i));
+      const uint32_t m = kept[i / W];
+      const Vec<A> y = m ? rest(loadu(rewards.data + i)) : splat(static_cast<A>(rest.before));
       storeu(g + i, y), returns(i, n, y);
-      columns(i, kept[i / W], y, loadu(variance.data + i));
+      if (m) columns(i, m, y, loadu(variance.data + i));
     });
     return valid;
   }

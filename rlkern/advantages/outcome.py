@@ -22,6 +22,7 @@ WHITEN_EPS = 1e-8
 def batch(op: str, token_level_rewards: Tensor, cu_seqlens: Tensor | None, **others: Tensor) -> Tensor | None:
     """Checks (B, T), or packed (N,), and returns the offsets of the packed rows."""
     check.batch(op, "token_level_rewards", token_level_rewards, cu_seqlens)
+    check.present(op, "token_level_rewards", **others)
     check.tensors(op, token_level_rewards, token_level_rewards=token_level_rewards, **others)
     if cu_seqlens is not None:
         return check.lengths(op, cu_seqlens, token_level_rewards)

@@ -153,4 +153,5 @@ def reward_norm(
         std = group_mean_std(wide, scope, eps=0.0).std[scope.ids]
         alone = scope.counts[scope.ids] == 1
         found = torch.where(alone, found, found / (std + _EPS))
-    return found.to(x.dtype)
+    result: Tensor = found.to(x.dtype)
+    return result

@@ -30,7 +30,7 @@ def _rewards(op: str, rewards: Any) -> Any:
     if rewards.dim() not in (1, 2):
         raise check.fail(op, "rewards", "be (B, F) or (B,)", check.describe(rewards), "One column a reward function.")
     wide = torch.float32 if rewards.device.type == "mps" else torch.float64
-    return rewards.detach().reshape(rewards.shape[0], -1).to(wide)
+    return (rewards if rewards.dim() == 2 else rewards[:, None]).detach().to(wide)
 
 
 def _weights(op: str, weights: Tensor | Sequence[float] | None, rewards: Tensor) -> Tensor:
@@ -99,8 +99,8 @@ def grpo(
     """
     op = "advantages.trl.grpo"
     check.word(op, "multi_objective_aggregation", multi_objective_aggregation, ("sum_then_normalize", "normalize_then_sum"))
-    check.word(op, "scale_rewards", scale_rewards, ("group", "batch", "none", True, False))
-    scale = {True: "group", False: "none"}.get(scale_rewards, scale_rewards)  # type: ignore[call-overload]
+    scale = {True: "group", False: "none"}[scale_rewards] if isinstance(scale_rewards, bool) else scale_rewards
+    check.word(op, "scale_rewards", scale, ("group", "batch", "none"))
     wide = _rewards(op, rewards)
     group = grouped(op, wide, index, num_generations, "num_generations")
     weights, scorable = _weights(op, reward_weights, wide), ~wide.isnan().all(1)
@@ -174,16 +174,11 @@ def rloo(
     if beta:
         check.present(op, "beta", old_log_prob=old_log_prob, ref_log_prob=ref_log_prob, completion_mask=completion_mask)
         check.batch(op, "old_log_prob", old_log_prob)
-        old, ref, mask = check.tensors(
-            op, old_log_prob, old_log_prob=old_log_prob, ref_log_prob=ref_log_prob, completion_mask=completion_mask
-        )
+        first: Any = old_log_prob
+        old, ref, mask = check.tensors(op, first, old_log_prob=old_log_prob, ref_log_prob=ref_log_prob, completion_mask=completion_mask)
         total = total - beta * masked_sum(old.detach() - ref.detach(), mask != 0, -1).to(total.dtype)
-    normalized = {
-        "scale_by_std": False,
-        "singleton": "nan",
-        "nan": "omit",
-    }  # NaN until the end: such rows are not normalized with the others
-    advantages = group_normalize(total, group, baseline="leave_one_out", **normalized)  # type: ignore[arg-type]
+    # NaN until the end: rows without a reward are not normalized with the others
+    advantages = group_normalize(total, group, baseline="leave_one_out", scale_by_std=False, singleton="nan", nan="omit")
     if normalize_advantages:
         advantages = group_normalize(advantages, all_in_one(wide), eps=_EPS, singleton="nan", nan="omit")
     return _result(advantages, rewards)

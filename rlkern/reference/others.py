@@ -63,4 +63,4 @@ def mean_std_of_others(scores: Tensor, index: GroupIndex) -> tuple[Tensor, Tenso
     n, mean, m2 = _merged(_before(x, place), back)
     std = torch.where(n > 1, m2 / (n - 1).clamp(min=1), torch.zeros_like(m2)).sqrt()
     mean = torch.where(n > 0, shift + mean, scores[order])
-    return torch.empty_like(scores).index_copy(0, order, mean), torch.empty_like(scores).index_copy(0, order, std)
+    return torch.zeros_like(scores).index_copy(0, order, mean), torch.zeros_like(scores).index_copy(0, order, std)
