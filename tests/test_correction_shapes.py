@@ -60,7 +60,10 @@ def same(a, b, rtol=1e-5, atol=1e-6):
 @pytest.mark.parametrize(("B", "T", "why"), SHAPES)
 def test_rollout_correction_edge_shapes(backend, B, T, why):
     old, rollout, mask = batch(B, T)
-    for config in CONFIGS[1:4]:
+    wide = torch.full((2, B, T + 5), torch.nan)[:, :, 2 : T + 2]
+    wide.copy_(torch.stack((old, rollout)))
+    column = torch.ones(B, 1, dtype=torch.int64).expand(B, T)
+    for config, dtype in zip(CONFIGS[1:4], (torch.int64, torch.bool, torch.bfloat16), strict=True):
         if not mask.any():
             with pytest.raises(ValueError, match="the mask must select at least one value"):
                 rlkern.rollout_correction(old, rollout, mask, **config)
@@ -69,14 +72,12 @@ def test_rollout_correction_edge_shapes(backend, B, T, why):
         with rlkern.use_backend("torch"):
             same(found, rlkern.rollout_correction(old, rollout, mask, **config), 1e-5, 2e-6 * max(T, 1) ** 0.5)
         assert all(math.isfinite(x) for x in found.metrics.as_dict().values())
-        wide = torch.full((2, B, T + 5), torch.nan)[:, :, 2 : T + 2]
-        wide.copy_(torch.stack((old, rollout)))
-        for md in (torch.int64, torch.bool, torch.bfloat16, torch.int32):
-            wide_mask = torch.ones(B, T + 3, dtype=md)[:, 1 : T + 1].copy_(mask)
-            strided = rlkern.rollout_correction(*wide, wide_mask, **config)
-            same(strided._replace(response_mask=strided.response_mask.to(torch.int64)), found, 1e-6, 1e-6)
-        column = torch.ones(B, 1, dtype=torch.int64).expand(B, T)
-        same(rlkern.rollout_correction(old, rollout, column, **config), rlkern.rollout_correction(old, rollout, column.clone(), **config))
+        wide_mask = torch.ones(B, T + 3, dtype=dtype)[:, 1 : T + 1].copy_(mask)
+        strided = rlkern.rollout_correction(*wide, wide_mask, **config)
+        same(strided._replace(response_mask=strided.response_mask.to(torch.int64)), found, 1e-6, 1e-6)
+        if dtype == torch.bool:
+            ones = rlkern.rollout_correction(old, rollout, torch.ones_like(mask), **config)
+            same(rlkern.rollout_correction(old, rollout, column, **config), ones, 1e-6, 1e-6)
 
 
 def test_rollout_correction_edge_shapes_packed(backend):
@@ -113,7 +114,8 @@ def test_rollout_correction_properties(B, T, seed, config):
         assert still[f"rollout_corr/{name}"] == 0
     if config.get("rollout_is"):
         assert still["rollout_corr/rollout_is_eff_sample_size"] == pytest.approx(1, abs=1e-7)
-        assert 0 <= got["rollout_corr/rollout_is_eff_sample_size"] <= 1 + 1e-7
+        mean = got["rollout_corr/rollout_is_mean"]
+        assert 0 <= got["rollout_corr/rollout_is_eff_sample_size"] <= (1 + 1e-8 / mean) ** 2 + 1e-9
     if config.get("rollout_is") == "sequence" and "rollout_is_threshold" not in config:
         ratio = torch.where(mask != 0, old - rollout, 0).sum(-1).exp().clamp(max=2)
         torch.testing.assert_close(one.weights, ratio[:, None] * (mask != 0))
