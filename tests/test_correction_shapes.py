@@ -115,7 +115,7 @@ def test_rollout_correction_properties(B, T, seed, config):
     if config.get("rollout_is"):
         assert still["rollout_corr/rollout_is_eff_sample_size"] == pytest.approx(1, abs=1e-7)
         mean = got["rollout_corr/rollout_is_mean"]
-        assert 0 <= got["rollout_corr/rollout_is_eff_sample_size"] <= (1 + 1e-8 / mean) ** 2 + 1e-9
+        assert 0 <= got["rollout_corr/rollout_is_eff_sample_size"] * mean**2 <= (mean + 1e-8) ** 2 * (1 + 1e-9)
     if config.get("rollout_is") == "sequence" and "rollout_is_threshold" not in config:
         ratio = torch.where(mask != 0, old - rollout, 0).sum(-1).exp().clamp(max=2)
         torch.testing.assert_close(one.weights, ratio[:, None] * (mask != 0))

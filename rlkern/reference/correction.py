@@ -141,7 +141,8 @@ def gate_terms(gating: str, old: Tensor, rollout: Tensor, log_ratio: Tensor) -> 
     if gating == "tv":
         return (p - q).abs()
     p, q = p.double(), q.double()
-    return (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).to(old.dtype)
+    value = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+    return value.clamp(min=0).to(old.dtype)  # rounding makes no divergence negative: a band from 0 on would drop it
 
 
 def importance_weights(
