@@ -224,7 +224,7 @@ def test_rollout_correction_rejects(backend):
 
 def test_rollout_correction_registers(backend_number):
     old, rollout, mask = batch(3, 20)
-    rest = ("token", False, [0.5, 2.0], "token_k1,seq_mean_k3", [-0.5, 0.5, 0.0, 0.1], torch.float32)
+    rest = ("token", False, [0.5, 2.0], "token_k1,seq_mean_k3", [-0.5, 0.5, 0.0, 0.1], True, torch.float32)
     torch.library.opcheck(torch.ops.rlkern._rollout_correction_fwd.default, (old, rollout, mask, None, *rest, backend_number))
 
     def step(old):
@@ -248,3 +248,25 @@ def test_rollout_metrics_matches_reference(backend):
     assert torch.equal(metrics.field("tokens"), mask.sum(-1).double())
     with pytest.raises(ValueError, match="the mask must select"):
         rlkern.rollout_metrics(old, rollout, mask * 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_rollout_metrics_matches_reference_of_probabilities(backend, dtype):
+    old, rollout, mask = batch(5, 583, dtype)
+    mask[3] = 0
+    dirty = [torch.where(mask != 0, x, torch.nan) for x in (old, rollout)]
+    got = rlkern.rollout_metrics(*dirty, mask, probabilities=True).as_dict()
+    p, r = (x.double().exp()[mask != 0] for x in (old, rollout))
+    gap = (p - r).abs()
+    expected = (1.0, gap.max(), gap.mean(), gap.std(), torch.corrcoef(torch.stack((p, r)))[0, 1])
+    names = (*(f"rollout_probs_diff_{name}" for name in ("valid", "max", "mean", "std")), "rollout_actor_probs_pearson_corr")
+    assert list(got)[OFF_POLICY:] == [f"training/{name}" for name in names]
+    for name, value in zip(names, expected, strict=True):
+        assert got[f"training/{name}"] == pytest.approx(float(value), rel=1e-12 if dtype == torch.float64 else 2e-6), name
+    old = old.clone()
+    old[0, 0] = torch.nan
+    lost = rlkern.rollout_metrics(old, rollout, mask, probabilities=True).as_dict()
+    assert all(math.isnan(lost[f"training/{name}"]) for name in names[1:])
+    one = rlkern.rollout_metrics(rollout[:1, :1], rollout[:1, :1], torch.ones(1, 1), probabilities=True).as_dict()
+    assert one["training/rollout_probs_diff_max"] == 0
+    assert math.isnan(one["training/rollout_probs_diff_std"])  # torch.std of one number
