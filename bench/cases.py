@@ -14,6 +14,7 @@ import rlkern
 from rlkern.bench import peers_chunked, peers_compiled, peers_eager
 from rlkern.bench.inputs import GAMMA, LAM, Inputs
 from rlkern.bench.peers_eager import Call, Outputs
+from rlkern.cli import rollout
 from rlkern.cli.against import Formulas
 
 FRAMEWORK = "framework"
@@ -64,6 +65,11 @@ def _loss_by_autograd(x: Inputs) -> Outputs:
     loss = rlkern.policy_loss(x.old, leaf, x.advantages, x.mask, batch_num_tokens=x.tokens).loss
     loss.backward()  # type: ignore[no-untyped-call,unused-ignore]
     return loss.detach(), leaf.grad  # type: ignore[return-value]
+
+
+def _rollout_correction(x: Inputs) -> Outputs:
+    found = rlkern.rollout_correction(x.new, x.old, x.mask, **rollout.CONFIG)
+    return rollout.outputs(found.weights, found.metrics.as_dict())  # type: ignore[arg-type]
 
 
 def _one(call: Callable[[Inputs], Tensor]) -> Call:
@@ -132,6 +138,14 @@ CASES = [
         f"old 4, log_prob 4, {A}, {M}, gradient 4",
         _loss_by_autograd,
         Target(3.5, 2.2, 35, 2),
+    ),
+    Case(
+        "rollout_correction",
+        "rollout correction: token weights, one rejection, all metrics",
+        28,
+        f"log_prob 4, rollout 4, {M}, weights 4, modified mask 8",
+        _rollout_correction,
+        Target(None, None, 40, None),
     ),
     Case(
         "kl_k3",

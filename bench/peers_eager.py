@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlkern.bench.inputs import GAMMA, LAM, Inputs
-from rlkern.cli import against
+from rlkern.cli import against, rollout
 from rlkern.cli.against import Formulas
 
 Outputs = tuple[Tensor, ...]
@@ -41,6 +41,16 @@ def policy_loss(f: Formulas) -> Call:
     return call
 
 
+def rollout_correction(f: Formulas) -> Call:
+    """Weights, modified mask and all metrics as Python numbers: what a trainer's step asks for."""
+
+    def call(x: Inputs) -> Outputs:
+        weights, _, metrics = f["rollout_correction"](x.new, x.old, x.mask)
+        return rollout.outputs(weights, metrics)
+
+    return call
+
+
 def calls(f: Formulas) -> dict[str, Call]:
     """One call per op of the table."""
     return {
@@ -51,6 +61,7 @@ def calls(f: Formulas) -> dict[str, Call]:
         "masked_whiten": lambda x: (f["masked_whiten"](x.values, x.mask),),
         "policy_loss_and_grad": policy_loss(f),
         "policy_loss": policy_loss(f),
+        "rollout_correction": rollout_correction(f),
         "kl_k3": lambda x: (f["kl_penalty"](x.old, x.ref, "low_var_kl"),),
         "grpo": lambda x: (f["grpo"](x.rewards, x.mask, x.uid),),
         "rloo": lambda x: (f["rloo"](x.rewards, x.mask, x.uid),),

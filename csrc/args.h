@@ -265,7 +265,8 @@ enum CorrectionField {
 };
 // clang-format on
 enum CorrectionByK { kKSum, kKMax, kKMin, kKClamped, kKClamped2, kKHigh, kKLow, kKKept, kByK };  // three times, from kRByK on
-constexpr int kCorrectionFields = kRByK + 3 * kByK, kMaxRejections = 11;
+enum CorrectionProbability { kPOld, kPRollout, kPOld2, kPRollout2, kPProduct, kPGap, kPGap2, kPGapMax, kPFields };  // behind those
+constexpr int kRProbability = kRByK + 3 * kByK, kCorrectionFields = kRProbability + kPFields, kMaxRejections = 11;
 struct CorrectionArgs {
   Rows rows;
   Operand old_log_prob, rollout_log_prob, mask;
@@ -275,6 +276,7 @@ struct CorrectionArgs {
   double low, high;
   int options;
   Rejection option[kMaxRejections];
+  bool probabilities;
   int threads;
 };
 

@@ -236,10 +236,12 @@ int rejections(const std::string& options, const std::vector<double>& limits, Re
   return count;
 }
 double rollout_correction_fwd(Tokens old_log_prob, Tokens rollout_log_prob, Tokens mask, Packed packed, WeightLevel level, bool icepop,
-                              const std::array<double, 2>& range, const std::string& options, const std::vector<double>& limits, py::handle, Tokens weights,
-                              Tokens modified, Tokens table, int threads) {
-  CorrectionArgs a{
-      rows_of(old_log_prob, packed), old_log_prob, rollout_log_prob, mask, weights, modified, table, level, icepop, range[0], range[1], 0, {}, threads};
+                              const std::array<double, 2>& range, const std::string& options, const std::vector<double>& limits, bool probabilities, py::handle,
+                              Tokens weights, Tokens modified, Tokens table, int threads) {
+  CorrectionArgs a{};
+  a.rows = rows_of(old_log_prob, packed), a.old_log_prob = old_log_prob, a.rollout_log_prob = rollout_log_prob, a.mask = mask;
+  a.weights = weights, a.modified = modified, a.table = table;
+  a.level = level, a.icepop = icepop, a.low = range[0], a.high = range[1], a.probabilities = probabilities, a.threads = threads;
   a.options = rejections(options, limits, a.option);
   return run(&Kernels::rollout_correction, a);
 }

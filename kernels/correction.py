@@ -15,8 +15,8 @@ from rlkern.kernels.launch import SWEEP, Plan, Variant, variants
 
 VARIANTS: list[Variant] = []
 SAFETY = tl.constexpr(20.0)  # verl's bound on a log-ratio before the exponential
-# The lines of the table, as in rlkern/reference/correction.py: 14, then 8 for each of k1, k2, k3.
-KEPT, RATIO, WEIGHT, BY_K, EACH, FIELDS = (tl.constexpr(x) for x in (6, 7, 8, 14, 8, 38))
+# The lines of the table, as in rlkern/reference/correction.py: 14, then 8 for each of k1, k2, k3, then 8 of the probabilities.
+KEPT, RATIO, WEIGHT, BY_K, EACH, PROBABILITY = (tl.constexpr(x) for x in (6, 7, 8, 14, 8, 38))
 
 
 # ---- twin of csrc/math/correction.h ---------------------------------------------------------------------------------
@@ -226,6 +226,40 @@ def leave_row(table, rows, row, n, olds, rollouts, k3s, ds, dds, ws, wws, above,
     put(table, rows, row, WEIGHT + 5, bottom)
 
 
+@launch.kernel
+def probabilities_kernel(
+    old_log_prob, rollout_log_prob, mask, old_log_prob_stride: tl.int64, rollout_log_prob_stride: tl.int64, mask_stride: tl.int64,
+    T: tl.int64, cu_seqlens, table, rows: tl.int64,
+    A: tl.constexpr, INNER: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The probabilities themselves, side by side."""
+    row, start, T = launch.row_of(T, cu_seqlens, ALIGNED)
+    first = T - T
+    ps, rs, pps, rrs = none(tl.float64), none(tl.float64), none(tl.float64), none(tl.float64)
+    prs, gaps, gap2s, most = none(tl.float64), none(tl.float64), none(tl.float64), none(A) - float("inf")
+    while first < T:
+        inside = launch.within(first, T, ALIGNED, BLOCK)
+        valid = mask_block(mask, mask_stride, start, first, inside, INNER[2], ALIGNED) != 0
+        old = launch.load(old_log_prob, old_log_prob_stride, start, first, inside, INNER[0], ALIGNED).to(A)
+        rollout = launch.load(rollout_log_prob, rollout_log_prob_stride, start, first, inside, INNER[1], ALIGNED).to(A)
+        p, r = tl.where(valid, math.exp_of(old), 0.0), tl.where(valid, math.exp_of(rollout), 0.0)
+        gap = tl.abs(p - r)
+        most = math.maximum(most, most_of(gap, valid, ALIGNED))
+        p, r, gap = p.to(tl.float64), r.to(tl.float64), gap.to(tl.float64)
+        ps, rs, gaps = ps + in_lanes(p, ALIGNED), rs + in_lanes(r, ALIGNED), gaps + in_lanes(gap, ALIGNED)
+        pps, rrs, prs = pps + in_lanes(p * p, ALIGNED), rrs + in_lanes(r * r, ALIGNED), prs + in_lanes(p * r, ALIGNED)
+        gap2s += in_lanes(gap * gap, ALIGNED)
+        first += BLOCK
+    put(table, rows, row, PROBABILITY, tl.sum(ps, 0))
+    put(table, rows, row, PROBABILITY + 1, tl.sum(rs, 0))
+    put(table, rows, row, PROBABILITY + 2, tl.sum(pps, 0))
+    put(table, rows, row, PROBABILITY + 3, tl.sum(rrs, 0))
+    put(table, rows, row, PROBABILITY + 4, tl.sum(prs, 0))
+    put(table, rows, row, PROBABILITY + 5, tl.sum(gaps, 0))
+    put(table, rows, row, PROBABILITY + 6, tl.sum(gap2s, 0))
+    put(table, rows, row, PROBABILITY + 7, tl.max(most, 0))
+
+
 # ---- what a row decides ---------------------------------------------------------------------------------------------
 @launch.kernel
 def row_decides_kernel(
@@ -266,11 +300,13 @@ def row_decides_kernel(
 _TYPES, _OFF = {"mask": "i64", "modified": "i64", "table": "fp64"}, (False,) * 8
 _INPUTS = ("old_log_prob", "rollout_log_prob", "mask")
 _CHOICE = {"LEVEL": "token", "ICEPOP": False, "OF": (2, 0, 0), "ON": _OFF}
-_PLAN = Plan(_INPUTS, ("weights", "modified"), (128, 128), (), ("table",) * FIELDS.value)
+_PLAN = Plan(_INPUTS, ("weights", "modified"), (128, 128), (), ("table",) * PROBABILITY.value)
 VARIANTS += variants(rollout_correction_fwd_kernel, SWEEP, _PLAN, _CHOICE, **_TYPES)
 _PLAN, _EARLY = _PLAN._replace(stores=()), {"mask": "i64", "table": "fp64"}
 _CHOICE = {"LEVEL": "sequence", "ICEPOP": False, "OF": (0, 0, 1), "ON": (*_OFF[:5], True, *_OFF[:2])}
 VARIANTS += variants(rollout_correction_fwd_kernel, SWEEP, _PLAN, _CHOICE, **_EARLY)
+_PLAN = Plan(_INPUTS, (), (96, 96), (), ("table",) * 8)
+VARIANTS += variants(probabilities_kernel, SWEEP, _PLAN, {}, **_EARLY)
 _PLAN = Plan(("mask",), ("weights", "modified"), (64, 64), ("table", "table"), ())
 VARIANTS += variants(row_decides_kernel, SWEEP, _PLAN, {"ICEPOP": False, "OF": (0, 0, 1)}, **_TYPES)
 
@@ -289,6 +325,7 @@ def rollout_correction_fwd(
     is_range: list[float],
     options: str,
     limits: list[float],
+    probabilities: bool,
     weights_dtype: torch.dtype,
     weights: Tensor | None,
     modified: Tensor | None,
@@ -316,4 +353,10 @@ def rollout_correction_fwd(
         layout = launch.rows(tensors, cu_seqlens=cu_seqlens)
         args = (table, table.shape[1], *is_range, *rest)
         launch.over_rows(kernel, layout, tensors, cu_seqlens, *args, block=SWEEP, **choice, **more)
+    if probabilities:
+        read = (old_log_prob, rollout_log_prob, mask)
+        layout = launch.rows(read, cu_seqlens=cu_seqlens)
+        launch.over_rows(probabilities_kernel, layout, read, cu_seqlens, table, table.shape[1], block=SWEEP, A=choice["A"])
+    else:
+        table[PROBABILITY.value :].zero_()
     return table[0].sum()

@@ -34,7 +34,8 @@ def gate_term(old, rollout, q, GATING: tl.constexpr):
             return tl.abs(p - other)
         else:
             x, y = p.to(tl.float64), other.to(tl.float64)
-            return (x * tl.log(x / y) + (1.0 - x) * tl.log((1.0 - x) / (1.0 - y))).to(q.dtype)
+            value = x * tl.log(x / y) + (1.0 - x) * tl.log((1.0 - x) / (1.0 - y))
+            return tl.where(value < 0, 0.0, value).to(q.dtype)  # rounding makes none negative
 
 
 @triton.jit

@@ -40,7 +40,7 @@ def _correction_reference(*args: Any) -> tuple[Tensor, ...]:
 library.define(
     "_rollout_correction_fwd",
     "(Tensor old_log_prob, Tensor rollout_log_prob, Tensor mask, Tensor? cu_seqlens, str level, bool icepop, float[] is_range,"
-    " str options, float[] limits, ScalarType weights_dtype) -> (Tensor, Tensor, Tensor)",
+    " str options, float[] limits, bool probabilities, ScalarType weights_dtype) -> (Tensor, Tensor, Tensor)",
     _correction_alloc,
     _correction_reference,
     _judge_correction,
@@ -149,7 +149,7 @@ def rollout_correction(
     dtype = check.result_dtype(old, rollout, mask)
     normalize = bool(level and rollout_is_batch_normalize)
     made = torch.promote_types(dtype, torch.float32) if normalize else dtype  # rounded once, after the division
-    args = (old, rollout, mask, cu, level, icepop, list(is_range), ",".join(options), list(limits), made)
+    args = (old, rollout, mask, cu, level, icepop, list(is_range), ",".join(options), list(limits), False, made)
     weights, modified, table = library.call("_rollout_correction_fwd", *args, backend=pick("_rollout_correction_fwd", old))
     metrics = RolloutMetrics(table, level, icepop, is_range, options, limits, None, single(old, rollout))
     if normalize:
@@ -160,7 +160,12 @@ def rollout_correction(
 
 
 def rollout_metrics(
-    log_prob: Tensor, rollout_log_prob: Tensor, response_mask: Tensor, *, cu_seqlens: Tensor | None = None
+    log_prob: Tensor,
+    rollout_log_prob: Tensor,
+    response_mask: Tensor,
+    *,
+    probabilities: bool = False,
+    cu_seqlens: Tensor | None = None,
 ) -> RolloutMetrics:
     r"""The diagnostics of the gap between the sampling and the training policy: KL, perplexities, chi-squared.
 
@@ -171,6 +176,8 @@ def rollout_metrics(
         log_prob: (B, T) or packed (N,), floating point, nats; not read at masked tokens. Gradients stop here.
         rollout_log_prob: like log_prob.
         response_mask: like log_prob, bool, integer or float; nonzero = trainable token.
+        probabilities: compare the tokens' probabilities too: the largest, the mean and the deviation of their gap, and their
+            correlation (verl's training/rollout_probs_diff_*).
         cu_seqlens: (rows + 1,) offsets of packed rows, int32 or int64.
 
     Returns:
@@ -191,12 +198,12 @@ def rollout_metrics(
         -0.25
 
     Source:
-        verl compute_rollout_corr_metrics_from_logprobs.
+        verl compute_rollout_corr_metrics_from_logprobs, calculate_debug_metrics.
     """
     op = "rollout_metrics"
     names = ("log_prob", "rollout_log_prob", "response_mask")
     old, rollout, mask, cu = tokens_of(op, names, (log_prob, rollout_log_prob, response_mask), cu_seqlens)
     old, rollout = old.detach(), rollout.detach()
-    args: tuple[Any, ...] = (old, rollout, mask, cu, "", False, [0.0, math.inf], "", [], old.dtype)
+    args: tuple[Any, ...] = (old, rollout, mask, cu, "", False, [0.0, math.inf], "", [], bool(probabilities), old.dtype)
     table = library.call("_rollout_correction_fwd", *args, backend=pick("_rollout_correction_fwd", old))[2]
-    return RolloutMetrics(table, single=single(old, rollout))
+    return RolloutMetrics(table, single=single(old, rollout), probabilities=bool(probabilities))

@@ -18,7 +18,7 @@ class RolloutMetrics(NamedTuple):
     settings that `as_dict` needs. `fields` are named in rlkern.reference.correction.
 
     `level`: "token", "sequence", "" for no weights. `options`: rejection's, with two limits each. `norm`: the divisor of a
-    batch normalisation, 0-dim. `single`: float32 arithmetic.
+    batch normalisation, 0-dim. `single`: float32 arithmetic. `probabilities`: the table compares them.
     """
 
     table: Tensor
@@ -29,6 +29,7 @@ class RolloutMetrics(NamedTuple):
     limits: tuple[float, ...] = ()
     norm: Tensor | None = None
     single: bool = True
+    probabilities: bool = False
 
     def field(self, name: str) -> Tensor:
         """A field of every row, (rows,), still on the device: `metrics.field("tokens")`."""
@@ -67,7 +68,10 @@ class RolloutMetrics(NamedTuple):
                 found["rollout_rs_masked_fraction"] = 1 - r["kept"].sum() / r.count
                 found["rollout_rs_seq_masked_fraction"] = (r["kept"] < r["tokens"]).mean()
             found |= _off_policy(r)
-        return {prefix + name: float(value) for name, value in found.items()}
+            found = {prefix + name: value for name, value in found.items()}
+            if self.probabilities:
+                found |= _probabilities(r)
+        return {name: float(value) for name, value in found.items()}
 
 
 class _Rows:
@@ -122,6 +126,20 @@ def _off_policy(r: _Rows) -> dict[str, Any]:
         "ppl_ratio": np.exp(gap).mean(),
         "chi2_token": (2 * r["d"] + r["dd"]).sum() / r.count,  # of e^2 - 1, with d = e - 1
         "chi2_seq": np.expm1(2 * np.clip(q, -SAFETY, SAFETY)).mean(),
+    }
+
+
+def _probabilities(r: _Rows) -> dict[str, Any]:
+    p, q, gap, N = r.mean("p"), r.mean("r"), r.mean("gap"), r.count
+    var = (r.mean("gap2") - gap**2) * (N / (N - 1)) if N > 1 else math.nan
+    both = (r.mean("pp") - p**2) * (r.mean("rr") - q**2)
+    most = r["gap_max"][r.valid].max()
+    return {
+        "training/rollout_probs_diff_valid": 1,
+        "training/rollout_probs_diff_max": gap if math.isnan(gap) else most,
+        "training/rollout_probs_diff_mean": gap,
+        "training/rollout_probs_diff_std": np.sqrt(np.maximum(var, 0)),
+        "training/rollout_actor_probs_pearson_corr": np.clip((r.mean("pr") - p * q) / np.sqrt(both), -1, 1),
     }
 
 

@@ -60,7 +60,10 @@ def same(a, b, rtol=1e-5, atol=1e-6):
 @pytest.mark.parametrize(("B", "T", "why"), SHAPES)
 def test_rollout_correction_edge_shapes(backend, B, T, why):
     old, rollout, mask = batch(B, T)
-    for config in CONFIGS[1:4]:
+    wide = torch.full((2, B, T + 5), torch.nan)[:, :, 2 : T + 2]
+    wide.copy_(torch.stack((old, rollout)))
+    column = torch.ones(B, 1, dtype=torch.int64).expand(B, T)
+    for config, dtype in zip(CONFIGS[1:4], (torch.int64, torch.bool, torch.bfloat16), strict=True):
         if not mask.any():
             with pytest.raises(ValueError, match="the mask must select at least one value"):
                 rlkern.rollout_correction(old, rollout, mask, **config)
@@ -69,14 +72,12 @@ def test_rollout_correction_edge_shapes(backend, B, T, why):
         with rlkern.use_backend("torch"):
             same(found, rlkern.rollout_correction(old, rollout, mask, **config), 1e-5, 2e-6 * max(T, 1) ** 0.5)
         assert all(math.isfinite(x) for x in found.metrics.as_dict().values())
-        wide = torch.full((2, B, T + 5), torch.nan)[:, :, 2 : T + 2]
-        wide.copy_(torch.stack((old, rollout)))
-        for md in (torch.int64, torch.bool, torch.bfloat16, torch.int32):
-            wide_mask = torch.ones(B, T + 3, dtype=md)[:, 1 : T + 1].copy_(mask)
-            strided = rlkern.rollout_correction(*wide, wide_mask, **config)
-            same(strided._replace(response_mask=strided.response_mask.to(torch.int64)), found, 1e-6, 1e-6)
-        column = torch.ones(B, 1, dtype=torch.int64).expand(B, T)
-        same(rlkern.rollout_correction(old, rollout, column, **config), rlkern.rollout_correction(old, rollout, column.clone(), **config))
+        wide_mask = torch.ones(B, T + 3, dtype=dtype)[:, 1 : T + 1].copy_(mask)
+        strided = rlkern.rollout_correction(*wide, wide_mask, **config)
+        same(strided._replace(response_mask=strided.response_mask.to(torch.int64)), found, 1e-6, 1e-6)
+        if dtype == torch.bool:
+            ones = rlkern.rollout_correction(old, rollout, torch.ones_like(mask), **config)
+            same(rlkern.rollout_correction(old, rollout, column, **config), ones, 1e-6, 1e-6)
 
 
 def test_rollout_correction_edge_shapes_packed(backend):
@@ -113,7 +114,8 @@ def test_rollout_correction_properties(B, T, seed, config):
         assert still[f"rollout_corr/{name}"] == 0
     if config.get("rollout_is"):
         assert still["rollout_corr/rollout_is_eff_sample_size"] == pytest.approx(1, abs=1e-7)
-        assert 0 <= got["rollout_corr/rollout_is_eff_sample_size"] <= 1 + 1e-7
+        mean = got["rollout_corr/rollout_is_mean"]
+        assert 0 <= got["rollout_corr/rollout_is_eff_sample_size"] * mean**2 <= (mean + 1e-8) ** 2 * (1 + 1e-9)
     if config.get("rollout_is") == "sequence" and "rollout_is_threshold" not in config:
         ratio = torch.where(mask != 0, old - rollout, 0).sum(-1).exp().clamp(max=2)
         torch.testing.assert_close(one.weights, ratio[:, None] * (mask != 0))
@@ -222,7 +224,7 @@ def test_rollout_correction_rejects(backend):
 
 def test_rollout_correction_registers(backend_number):
     old, rollout, mask = batch(3, 20)
-    rest = ("token", False, [0.5, 2.0], "token_k1,seq_mean_k3", [-0.5, 0.5, 0.0, 0.1], torch.float32)
+    rest = ("token", False, [0.5, 2.0], "token_k1,seq_mean_k3", [-0.5, 0.5, 0.0, 0.1], True, torch.float32)
     torch.library.opcheck(torch.ops.rlkern._rollout_correction_fwd.default, (old, rollout, mask, None, *rest, backend_number))
 
     def step(old):
@@ -246,3 +248,25 @@ def test_rollout_metrics_matches_reference(backend):
     assert torch.equal(metrics.field("tokens"), mask.sum(-1).double())
     with pytest.raises(ValueError, match="the mask must select"):
         rlkern.rollout_metrics(old, rollout, mask * 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_rollout_metrics_matches_reference_of_probabilities(backend, dtype):
+    old, rollout, mask = batch(5, 583, dtype)
+    mask[3] = 0
+    dirty = [torch.where(mask != 0, x, torch.nan) for x in (old, rollout)]
+    got = rlkern.rollout_metrics(*dirty, mask, probabilities=True).as_dict()
+    p, r = (x.double().exp()[mask != 0] for x in (old, rollout))
+    gap = (p - r).abs()
+    expected = (1.0, gap.max(), gap.mean(), gap.std(), torch.corrcoef(torch.stack((p, r)))[0, 1])
+    names = (*(f"rollout_probs_diff_{name}" for name in ("valid", "max", "mean", "std")), "rollout_actor_probs_pearson_corr")
+    assert list(got)[OFF_POLICY:] == [f"training/{name}" for name in names]
+    for name, value in zip(names, expected, strict=True):
+        assert got[f"training/{name}"] == pytest.approx(float(value), rel=1e-12 if dtype == torch.float64 else 2e-6), name
+    old = old.clone()
+    old[0, 0] = torch.nan
+    lost = rlkern.rollout_metrics(old, rollout, mask, probabilities=True).as_dict()
+    assert all(math.isnan(lost[f"training/{name}"]) for name in names[1:])
+    one = rlkern.rollout_metrics(rollout[:1, :1], rollout[:1, :1], torch.ones(1, 1), probabilities=True).as_dict()
+    assert one["training/rollout_probs_diff_max"] == 0
+    assert math.isnan(one["training/rollout_probs_diff_std"])  # torch.std of one number

@@ -221,6 +221,18 @@ def test_importance_weights_properties(B, T, seed):
     torch.testing.assert_close(mean ** mask.sum(-1), rlkern.importance_weights(old, rollout, mask, level="sequence", reduce="sum").weights)
 
 
+def test_importance_weights_properties_near_on_policy(backend):
+    """A divergence is never negative, so a band from 0 on keeps what is close; OpenRLHF's float32 KL drops a third of these tokens."""
+    g = torch.Generator().manual_seed(0)
+    rollout = -2 * torch.rand(4, 500, generator=g) - 0.01
+    old, mask = rollout + 1e-4 * torch.randn(4, 500, generator=g), torch.ones(4, 500)
+    found = rlkern.importance_weights(old, rollout, mask, mode="mask", gating="binary_kl", low=0.0, high=0.01)
+    assert found.filtered == 0
+    p, q = rollout.exp(), old.exp()
+    negative = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()) < 0
+    assert 0.25 < negative.double().mean() < 0.5
+
+
 @pytest.mark.parametrize("name", NATIVE)
 @pytest.mark.parametrize("form", [1, 5, 8])
 def test_importance_weights_properties_of_bits(name, form):

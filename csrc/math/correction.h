@@ -41,7 +41,11 @@ RLKERN_HD V divergence(V q, V k3) {
 }
 
 // The divergence of two events, "this token" and "another", with probabilities p and 1 - p against q and 1 - q.
-RLKERN_HD double binary_kl(double p, double q) { return p * ::log(p / q) + (1 - p) * ::log((1 - p) / (1 - q)); }
+// Rounding makes none negative: a band from 0 on would drop it.
+RLKERN_HD double binary_kl(double p, double q) {
+  const double value = p * ::log(p / q) + (1 - p) * ::log((1 - p) / (1 - q));
+  return value < 0 ? 0 : value;
+}
 
 template <class V>
 RLKERN_HD V gate_probability(V log_prob) {

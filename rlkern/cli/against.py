@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlkern.cli import first_three, framework
+from rlkern.cli import first_three, framework, rollout
 
 Formula = Callable[..., Any]
 Formulas = dict[str, Formula]
@@ -38,7 +38,7 @@ def plain() -> Formulas:
     found: Formulas = {name: getattr(framework, name) for name in names.split()}
     for name in ("reinforce_plus_plus_reset", "grpo", "reinforce_plus_plus_baseline"):
         found[name] = getattr(first_three, name)
-    found["group_ids"] = group_ids
+    found |= {"group_ids": group_ids, "rollout_correction": rollout.rollout_correction}
     return found
 
 
@@ -95,6 +95,12 @@ def verl() -> Formulas:
     def value_loss(vpreds: Tensor, returns: Tensor, values: Tensor, m: Tensor) -> Any:
         return core.compute_value_loss(vpreds, returns, values, m, 0.5)
 
+    def rollout_correction(old: Tensor, sampled: Tensor, m: Tensor) -> Any:
+        from verl.trainer.ppo import rollout_corr_helper as helper  # type: ignore[import-not-found,unused-ignore]
+
+        proto, modified, metrics = helper.compute_rollout_correction_and_rejection_mask(old, sampled, m, **rollout.CONFIG)
+        return proto.batch["rollout_is_weights"], modified, metrics
+
     found = plain()
     for name in ("masked_sum", "masked_mean", "masked_var", "masked_whiten"):
         found[name] = getattr(masked, name)
@@ -108,4 +114,6 @@ def verl() -> Formulas:
     found["grpo_vectorized"] = by_prompt("grpo_vectorized")
     found["kl_penalty"] = core.kl_penalty
     found |= {"reinforce_plus_plus": reinforce_plus_plus, "group_mean_std": group_mean_std}
+    if importlib.util.find_spec("verl.trainer.ppo.rollout_corr_helper") is not None:
+        found["rollout_correction"] = rollout_correction
     return found | {"policy_loss": policy_loss, "value_loss": value_loss}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import rlkern
-from rlkern.cli import framework
+from rlkern.cli import framework, rollout
 from rlkern.cli.against import Formulas
 from rlkern.cli.checks import FIRST, GROUP, KL, SCAN, WHITEN, Check, Outputs
 from rlkern.cli.fields import Data, top, valid, wanted
@@ -126,6 +126,7 @@ def slack(check: Check, output: str, near: Tensor, d: Data) -> float:
 LOSS = [
     *[_policy_check(mode) for mode in MODES],
     _policy_check("token-mean", fused=True),
+    Check("rollout_correction", rollout.ours, rollout.theirs, rollout.scale, ("new",)),
     Check("value_loss", _our_value_loss, _their_value_loss, _value_scale, ("values",), _near_value_clip),
 ]
 CHECKS = [*FIRST, *WHITEN, *GROUP, *SCAN, *KL, *LOSS]

@@ -12,10 +12,11 @@ from rlkern.reference.kl import tail_of_exp, wide
 from rlkern.reference.loss import row_ids, row_sums, select, spread, wide_on
 
 # The lines of a table, a column a row. Sums run over the row's valid tokens; q = old - rollout, e = exp(clamp(q, +-20)).
-# w: the token's weight; then for each of k1, k2, k3 what rejection asks of it.
+# w: the token's weight; then for each of k1, k2, k3 what rejection asks of it; p, r: the probabilities, gap: |p - r|.
 FIELDS = (
     "tokens", "old", "rollout", "k3_kl", "d", "dd", "kept", "ratio", "w", "ww", "w_high", "w_low", "w_max", "w_min",
     *(f"k{i}_{name}" for i in (1, 2, 3) for name in ("sum", "max", "min", "c", "cc", "high", "low", "kept")),
+    "p", "r", "pp", "rr", "pr", "gap", "gap2", "gap_max",
 )  # fmt: skip
 WEIGHT_FIELDS = ("tokens", "log_ratio", "statistic", "filtered")
 SAFETY = 20.0  # verl's bound on a log-ratio before the exponential
@@ -72,6 +73,7 @@ def rollout_correction(
     is_range: list[float],
     options: str,
     limits: list[float],
+    probabilities: bool,
     weights_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The raw op `_rollout_correction_fwd`: (weights, modified mask, table), the first two empty where not asked for.
@@ -90,6 +92,8 @@ def rollout_correction(
     excess = ratio.to(b.wide) - 1
     found |= {"tokens": b.total(b.valid), "old": b.total(b.old), "rollout": b.total(b.rollout), "k3_kl": b.total(tail_of_exp(raw))}
     found |= {"d": b.total(excess), "dd": b.total(excess.square())}
+    if probabilities:
+        _compare(b, found)
     if level:
         w = _weigh(b, found, level, ratio, is_range, icepop)
         weights = select(b.valid, w, weights_dtype)
@@ -97,6 +101,15 @@ def rollout_correction(
     if options:
         modified = torch.where(keep, mask, torch.zeros_like(mask))
     return weights, modified, torch.stack([*found.values()])
+
+
+def _compare(b: Rows, found: dict[str, Tensor]) -> None:
+    p, r = b.old.exp(), b.rollout.exp()
+    gap = (p - r).abs()
+    found["gap_max"] = b.most(gap)
+    p, r, gap = (x.to(b.wide) for x in (p, r, gap))
+    terms = {"p": p, "r": r, "pp": p * p, "rr": r * r, "pr": p * r, "gap": gap, "gap2": gap * gap}
+    found |= {name: b.total(x) for name, x in terms.items()}
 
 
 def _weigh(b: Rows, found: dict[str, Tensor], level: str, ratio: Tensor, is_range: list[float], icepop: bool) -> Tensor:
@@ -141,7 +154,8 @@ def gate_terms(gating: str, old: Tensor, rollout: Tensor, log_ratio: Tensor) -> 
     if gating == "tv":
         return (p - q).abs()
     p, q = p.double(), q.double()
-    return (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).to(old.dtype)
+    value = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+    return value.clamp(min=0).to(old.dtype)  # rounding makes no divergence negative: a band from 0 on would drop it
 
 
 def importance_weights(
