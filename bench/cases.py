@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 import rlkern
-from rlkern.bench import peers_chunked, peers_compiled, peers_eager
+from rlkern.bench import algorithms, peers_chunked, peers_compiled, peers_eager
 from rlkern.bench.inputs import GAMMA, LAM, Inputs
 from rlkern.bench.peers_eager import Call, Outputs
 from rlkern.cli import rollout
@@ -178,6 +178,20 @@ CASES = [
 ]
 
 
+def _variant(name: str) -> Case:
+    size, what = algorithms.moved(name)
+    aim = 5.0 if name in algorithms.TWICE + algorithms.SELECTS else 3.5
+    return Case(f"loss_{name}", f"policy loss, {name}", size, what, algorithms.ours(name), Target(aim, None, 1, None))
+
+
+SUITES = {
+    "core": [case.name for case in CASES],
+    "algorithms": [f"loss_{name}" for name in algorithms.losses.LOSSES] + [*algorithms.ESTIMATORS, "rloo", "rollout_correction"],
+}
+CASES += [_variant(name) for name in algorithms.losses.LOSSES]
+CASES += [Case(name, name, size, what, call, Target(None, None, 10, None)) for name, (size, what, call) in algorithms.ESTIMATORS.items()]
+
+
 # ---- peers ----------------------------------------------------------------------------------------------------------
 def _whitened(scan: Call, whiten: Callable[[Tensor, Tensor], Tensor]) -> Call:
     """A rival composed from the fastest pieces: a scan, then a whitening."""
@@ -216,10 +230,15 @@ def _with_groups(found: dict[str, dict[str, Call]], formulas: Formulas) -> None:
             found[name]["verl's vectorized"] = lambda x, f=vectorized: (f(x.rewards, x.mask, x.uid),)  # type: ignore[misc]
 
 
+def calls(formulas: Formulas) -> dict[str, Call]:
+    """The framework's side of every op."""
+    return peers_eager.calls(formulas) | algorithms.calls(formulas)
+
+
 def peers() -> tuple[dict[str, dict[str, Call]], dict[str, str]]:
     """For each op its peers by name, the framework's path first; and what is absent, with the reason."""
     label, formulas = peers_eager.framework()
-    found: dict[str, dict[str, Call]] = {name: {FRAMEWORK: call} for name, call in peers_eager.calls(formulas).items()}
+    found: dict[str, dict[str, Call]] = {name: {FRAMEWORK: call} for name, call in calls(formulas).items()}
     notes = {FRAMEWORK: label}
     chunked = peers_chunked
     found["gae_whiten"]["chunked matmul + compiled whiten"] = _whitened(chunked.gae, peers_compiled.whiten)

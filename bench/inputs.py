@@ -44,6 +44,11 @@ class Inputs:
         """The count that a trainer knows before the loss (batch_num_tokens)."""
         return int((self.mask != 0).sum())
 
+    @cached_property
+    def squares(self) -> Tensor:
+        """The sum over the vocabulary of squared probabilities, as an optimal token baseline reads it."""
+        return (1.3 * self.old).exp()
+
     @property
     def shape(self) -> tuple[int, int]:
         return self.rewards.shape[0], self.rewards.shape[1]

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 
 from rlkern.bench import inputs, timing
-from rlkern.bench.cases import CASES, FRAMEWORK, Case, peers
+from rlkern.bench.cases import CASES, FRAMEWORK, Case, calls, peers
 from rlkern.bench.inputs import Inputs
-from rlkern.bench.peers_eager import Call, Outputs, calls
+from rlkern.bench.peers_eager import Call, Outputs
 from rlkern.cli.against import plain
 from rlkern.cli.framework import rows_by_label
 
 OURS, EMPTY = "rlkern", "rlkern on empty tensors"
 TOLERANCE = 1e-4  # of the largest exact value; every error is in the report
-SHAPES = ((64, 512), (256, 2048), (1024, 8192))
+SHAPES = {"core": ((64, 512), (256, 2048), (1024, 8192)), "algorithms": ((256, 2048), (1024, 4096))}
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlkern.cli import first_three, framework, rollout
+from rlkern.cli import baselines, first_three, framework, losses, rollout
 
 Formula = Callable[..., Any]
 Formulas = dict[str, Formula]
@@ -38,6 +39,9 @@ def plain() -> Formulas:
     found: Formulas = {name: getattr(framework, name) for name in names.split()}
     for name in ("reinforce_plus_plus_reset", "grpo", "reinforce_plus_plus_baseline"):
         found[name] = getattr(first_three, name)
+    for name in ("gpg", "gdpo", "optimal_token_baseline", "tir_optimal_token_baseline"):
+        found[name] = getattr(baselines, name)
+    found |= {f"loss_{name}": loss for name, loss in losses.LOSSES.items()}
     found |= {"group_ids": group_ids, "rollout_correction": rollout.rollout_correction}
     return found
 
@@ -101,7 +105,17 @@ def verl() -> Formulas:
         proto, modified, metrics = helper.compute_rollout_correction_and_rejection_mask(old, sampled, m, **rollout.CONFIG)
         return proto.batch["rollout_is_weights"], modified, metrics
 
+    def loss_variant(name: str) -> Formula:
+        of = {"loss_mode": name, **{k: v for k, v in losses.OPTIONS[name].items() if k in ("clip_cov_ratio", "dro_beta")}}
+        config = ActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, policy_loss=of_config(**of))
+        function = core.get_policy_loss_fn(name)
+        mode = "seq-mean-token-mean" if name == "sapo" else "token-mean"
+        return lambda old, new, a, m, _: function(old, new, a, m, mode, config)[0]
+
     found = plain()
+    of_config: Any = importlib.import_module("verl.workers.config").PolicyLossConfig
+    found |= {f"loss_{name}": loss_variant(name) for name in losses.LOSSES if name in core.POLICY_LOSS_REGISTRY}
+    found["gpg"] = by_prompt("gpg")
     for name in ("masked_sum", "masked_mean", "masked_var", "masked_whiten"):
         found[name] = getattr(masked, name)
     for name in ("rloo", "opo", "reinforce_plus_plus_baseline"):

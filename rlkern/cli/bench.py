@@ -25,18 +25,20 @@ def _fix_allocator(allocator: str) -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | machine.MALLOC)
 
 
-def _chosen(ops: list[str] | None) -> list[str]:
-    from rlkern.bench.cases import CASES
+def _chosen(ops: list[str] | None, suite: str) -> list[str]:
+    from rlkern.bench.cases import CASES, SUITES
 
+    if suite not in SUITES:
+        fail(f"rlkern bench: --suite must be one of {', '.join(SUITES)}; got {suite!r}.")
     known = [case.name for case in CASES]
-    wanted = [name for entry in ops or known for name in entry.split(",")]
+    wanted = [name for entry in ops or SUITES[suite] for name in entry.split(",")]
     unknown = sorted(set(wanted) - set(known))
     if unknown:
         fail(f"rlkern bench: --ops must be among {', '.join(known)}; got {', '.join(unknown)}.")
     return wanted
 
 
-def _plan(ops: list[str] | None, shape: tuple[int, int] | None, threads: int | None, batch: Path | None, quick: bool) -> Any:
+def _plan(ops: list[str] | None, suite: str, shape: tuple[int, int] | None, threads: int | None, batch: Path | None, quick: bool) -> Any:
     from rlkern.bench import run
 
     if threads is not None and not 1 <= threads <= 1024:
@@ -45,14 +47,15 @@ def _plan(ops: list[str] | None, shape: tuple[int, int] | None, threads: int | N
         fail(f"rlkern bench: --shape must be two positive numbers, rows and tokens; got {shape[0]} {shape[1]}.")
     if batch is not None and shape is not None:
         fail("rlkern bench: --shape must not stand beside --batch; got both. A batch has its own shape.")
-    shapes = [run.shape_of(*shape)] if shape else [run.shape_of(*s) for s in (run.SHAPES[1:2] if quick else run.SHAPES)]
+    wanted = _chosen(ops, suite)
+    shapes = [run.shape_of(*shape)] if shape else [run.shape_of(*s) for s in run.SHAPES[suite] if not quick or s == (256, 2048)]
     if batch is not None:
         shapes = [run.batch_shape(load(batch))]
-    if shape is None and batch is None:
+    if shape is None and batch is None and suite == "core":
         shapes.append(run.labels_shape())
     counts = [threads] if threads else [1] if quick or machine.cores() < 2 else [1, 2]
     rounds, budget = (8, 0.25) if quick else (40, 2.0)
-    return run.Plan(shapes, counts, _chosen(ops), rounds, budget)
+    return run.Plan(shapes, counts, wanted, rounds, budget)
 
 
 def _run(plan: Any, out: Console) -> Any:
@@ -80,7 +83,8 @@ def _run(plan: Any, out: Console) -> Any:
 def command(
     quick: Annotated[bool, typer.Option(help="(256, 2048) at one thread, few rounds: within a minute.")] = False,
     ops: Annotated[list[str] | None, typer.Option(help="Ops to time, repeated or with commas; all by default.")] = None,
-    shape: Annotated[tuple[int, int] | None, typer.Option(help="Rows and tokens, instead of the three shapes.")] = None,
+    suite: Annotated[str, typer.Option(help="'core', or 'algorithms': every loss variant, estimator and correction.")] = "core",
+    shape: Annotated[tuple[int, int] | None, typer.Option(help="Rows and tokens, instead of the suite's shapes.")] = None,
     threads: Annotated[int | None, typer.Option(help="Thread count for all sides; 1 and 2 by default.")] = None,
     batch: Annotated[Path | None, typer.Option(help="Time a captured batch instead of synthetic ones.")] = None,
     report: Annotated[Path | None, typer.Option(help="Folder for bench.json and bench.png.")] = None,
@@ -91,7 +95,7 @@ def command(
     """Time every op beside the framework's path, torch.compile, numba and a chunked-matmul scan, in one process."""
     if allocator not in ALLOCATORS:
         fail(f"rlkern bench: --allocator must be one of {', '.join(ALLOCATORS)}; got {allocator!r}.")
-    plan = _plan(ops, shape, threads, batch, quick)
+    plan = _plan(ops, suite, shape, threads, batch, quick)
     _fix_allocator(allocator)
     from rlkern.bench import report as reports
     from rlkern.bench import run
