@@ -46,7 +46,7 @@ class VariantOptions(TypedDict, total=False):
 
 
 class Advantages(NamedTuple):
-    """Advantages and returns, both (B, T) or packed (N,)."""
+    """Advantages and returns, both (B, T) or packed (N,); (B,) of estimators that know rows alone (TRL, NeMo-RL)."""
 
     advantages: Tensor
     returns: Tensor

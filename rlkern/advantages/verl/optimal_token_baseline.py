@@ -69,8 +69,8 @@ def optimal_token_baseline(
         old_log_probs: like token_level_rewards, nats; not read where masked.
         sum_pi_squared: like token_level_rewards, sum over the vocabulary of squared probabilities; not read where masked.
         rollout_is_weights: like token_level_rewards, importance weights rho; not read where masked. None = 1.
-        handle_zero_tail: the row that alone is the longest of its group has baseline 0 from the first column on that the second longest
-            has length for; lengths are numbers of valid tokens.
+        handle_zero_tail: the one row that is longer than all others of its group has baseline 0 from column n on, n being the second
+            longest length; a length is a number of valid tokens.
         epsilon: added to the sum of weights.
         cu_seqlens: (rows + 1,) offsets of packed rows, int32 or int64.
         out: (advantages, returns) to write into.
@@ -83,8 +83,8 @@ def optimal_token_baseline(
         None, as in verl.
 
     Numerics:
-        Weights in float32 (float64 if an input is), their sums and the baseline in float64. verl multiplies by the mask, so there NaN in
-        padding reaches its whole row and group.
+        Weights in float32 (float64 if an input is), their sums and the baseline in float64. verl multiplies by the mask, so there a
+        NaN at a masked token reaches the rest of its row, and the group in those columns.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or labels that do not fit.
@@ -129,8 +129,8 @@ def tir_optimal_token_baseline(
         old_log_probs: like token_level_rewards, nats; not read where masked.
         sum_pi_squared: like token_level_rewards, sum over the vocabulary of squared probabilities; not read where masked.
         rollout_is_weights: like token_level_rewards, importance weights rho; not read where masked. None = 1.
-        handle_zero_tail: the row that alone is the longest of its group has baseline 0 from the first token on that the second longest
-            has length for; lengths are numbers of valid tokens.
+        handle_zero_tail: the one row that is longer than all others of its group has baseline 0 from column n on, n being the second
+            longest length; a length is a number of valid tokens.
         epsilon: added to the sum of weights.
         cu_seqlens: (rows + 1,) offsets of packed rows, int32 or int64.
         out: (advantages, returns) to write into.
@@ -143,8 +143,8 @@ def tir_optimal_token_baseline(
         None, as in verl.
 
     Numerics:
-        Weights in float32 (float64 if an input is), their sums and the baseline in float64. verl multiplies by the mask, so there NaN in
-        padding reaches its whole row and group.
+        Weights in float32 (float64 if an input is), their sums and the baseline in float64. verl multiplies by the mask, so there a
+        NaN at a masked token reaches the rest of its row, and the group in those columns.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or labels that do not fit.
