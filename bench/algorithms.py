@@ -33,7 +33,7 @@ def ours(name: str) -> Call:
     def call(x: Inputs) -> Outputs:
         leaf = x.leaf
         leaf.grad = None
-        more = {"rollout_log_prob": x.ref} if name == "decoupled" else {}
+        more: dict[str, Any] = {"rollout_log_prob": x.ref} if name == "decoupled" else {}
         if rlkern.policy.VARIANTS[name].mode == "token-mean":
             more["batch_num_tokens"] = x.tokens
         loss = rlkern.policy_loss(x.old, leaf, x.advantages, x.mask, variant=name, **options, **more).loss  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ import rlkern
 from rlkern.bench import algorithms, peers_chunked, peers_compiled, peers_eager
 from rlkern.bench.inputs import GAMMA, LAM, Inputs
 from rlkern.bench.peers_eager import Call, Outputs
-from rlkern.cli import rollout
+from rlkern.cli import losses, rollout
 from rlkern.cli.against import Formulas
 
 FRAMEWORK = "framework"
@@ -186,9 +186,9 @@ def _variant(name: str) -> Case:
 
 SUITES = {
     "core": [case.name for case in CASES],
-    "algorithms": [f"loss_{name}" for name in algorithms.losses.LOSSES] + [*algorithms.ESTIMATORS, "rloo", "rollout_correction"],
+    "algorithms": [f"loss_{name}" for name in losses.LOSSES] + [*algorithms.ESTIMATORS, "rloo", "rollout_correction"],
 }
-CASES += [_variant(name) for name in algorithms.losses.LOSSES]
+CASES += [_variant(name) for name in losses.LOSSES]
 CASES += [Case(name, name, size, what, call, Target(None, None, 10, None)) for name, (size, what, call) in algorithms.ESTIMATORS.items()]
 
 

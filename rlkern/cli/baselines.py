@@ -65,8 +65,8 @@ def tir_optimal_token_baseline(rewards: Tensor, mask: Tensor, index: Iterable[Ha
         energy = [(1 - 2 * log_prob[row][v].exp() + squares[row][v]).cumsum(-1) for row, v in zip(rows, valid, strict=True)]
         baseline = torch.zeros(rewards.shape[1], dtype=rewards.dtype)
         if len(rows) > 1:
-            padded = [torch.nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (togo, energy)]
-            found = _columns(*padded, None, [len(x) for x in togo])
+            first, second = (torch.nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (togo, energy))
+            found = _columns(first, second, None, [len(x) for x in togo])
             baseline[: len(found)] = found
         for row, v, x in zip(rows, valid, togo, strict=True):
             advantages[row, v] = x - baseline[: len(x)]
