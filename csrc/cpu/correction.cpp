@@ -74,6 +74,7 @@ struct OffPolicy {
     constexpr int W = kLanes<A>;
     const V safe = splat(A(kSafety));
     const VD one = splat(1.0);
+    OffPolicy s = *this;  // in registers: through `this` each sum would be stored at each step
     for_lanes<A, false>(b.count, row.direct, [&](auto way, int64_t k, int64_t n) RLKERN_INLINE {
       const int64_t i = b.first + k;
       const uint32_t m = row.mask.template lanes<W>(way, i, n);
@@ -85,9 +86,10 @@ struct OffPolicy {
       if (__builtin_expect(any_beyond(Ops<V>::magnitude(raw), safe), 0)) t = ratio_terms(clamped(raw, -safe, safe)), open = exp_minus_1_minus(raw);
       else t = ratio_terms(raw), open = t.k3;
       storeu(b.q + k, t.q), storeu(b.e + k, t.e), storeu(b.k3 + k, t.k3);
-      old_log_prob.add(old), rollout_log_prob.add(rollout), k3.add(open), excess.add(t.e, one);
-      tokens += __builtin_popcount(m);
+      s.old_log_prob.add(old), s.rollout_log_prob.add(rollout), s.k3.add(open), s.excess.add(t.e, one);
+      s.tokens += __builtin_popcount(m);
     });
+    *this = s;
   }
   void leave(double* column) const {
     column[kRTokens] = static_cast<double>(tokens), column[kROld] = old_log_prob.total(), column[kRRollout] = rollout_log_prob.total();
@@ -105,15 +107,17 @@ struct TokenWeights {
     constexpr int W = kLanes<A>;
     const V least = splat(A(a.low)), most = splat(A(a.high)), nothing = splat(A(__builtin_nanf(""))), unit = splat(A(1));
     const VD one = splat(1.0);
+    TokenWeights t = *this;
     for_lanes<A, false>(b.count, row.direct, [&](auto way, int64_t k, int64_t n) RLKERN_INLINE {
       const uint32_t m = row.valid[(b.first + k) / W];
       if (m == 0) return row.weights(way, b.first + k, n, V{});
       const V ratio = loadu(b.e + k), w = correction_weight(ratio, least, most, a.icepop), tested = blend(m, ratio, nothing);
-      high.add(tested > most), low.add(tested < least);
-      range.add(blend(m, w, nothing));
-      weight.add(blend(m, w, unit), one);
+      t.high.add(tested > most), t.low.add(tested < least);
+      t.range.add(blend(m, w, nothing));
+      t.weight.add(blend(m, w, unit), one);
       row.weights(way, b.first + k, n, blend(m, w, V{}));
     });
+    *this = t;
   }
   void leave(double* column) const {
     column[kRW] = weight.total(), column[kRW2] = weight.squares(), column[kRWMax] = range.high(), column[kRWMin] = range.low();
@@ -161,18 +165,20 @@ struct ByK {
     using V = Vec<A>;
     constexpr int W = kLanes<A>;
     const V least = splat(A(token ? token->low : 0)), most = splat(A(token ? token->high : 0)), nothing = splat(A(__builtin_nanf("")));
+    ByK t = *this;
     for (int64_t k = 0; k < b.count; k += W) {
       const uint32_t m = row.valid[(b.first + k) / W];
       if (m == 0) continue;
       const V v = divergence<K>(loadu(b.q + k), loadu(b.k3 + k)), tested = blend(m, v, nothing);
-      sum.add(v), range.add(tested);
+      t.sum.add(v), t.range.add(tested);
       if (!token) continue;
       const uint32_t within = lanes_of((tested >= least) & (tested <= most));
       row.keep[(b.first + k) / W] &= static_cast<uint16_t>(within);
-      kept += __builtin_popcount(within);
-      high.add(tested > most), low.add(tested < least);
-      clamped_to.add(blend(m, clamped(v, least, most), V{}), VD{});
+      t.kept += __builtin_popcount(within);
+      t.high.add(tested > most), t.low.add(tested < least);
+      t.clamped_to.add(blend(m, clamped(v, least, most), V{}), VD{});
     }
+    *this = t;
   }
   void read(int k, const Rejection* token, const Row<A>& row, const Block<A>& b) {
     k == 1 ? read<1>(token, row, b) : k == 2 ? read<2>(token, row, b) : read<3>(token, row, b);
@@ -304,7 +310,7 @@ double correction_all(const CorrectionArgs& a) {
     Scratch<uint16_t> lanes(2 * most);
     Scratch<Block<A>> block(1);
     double column[kCorrectionFields];
-    for (int64_t r = end - 1; r >= begin; --r) {
+    for (int64_t r = begin; r < end; ++r) {  // upwards: rows and time are one stream to the prefetcher
       correction_row<A>(a, r, stream, *block.data, lanes.data, most, column);
       for (int f = 0; f < kCorrectionFields; ++f) table[f * rows + r] = column[f];
     }
