@@ -253,5 +253,5 @@ def test_value_loss_reference_terms_are_their_own_derivative():
     """The reference's per-token gradient against autograd of its per-token loss, off the clip's edges (verl: 0.75)."""
     x = torch.linspace(-3, 3, 601, dtype=torch.float64).requires_grad_()
     for value in (-1.0, 0.5):
-        loss, grad, _ = reference.value_terms(x, torch.zeros_like(x), torch.full_like(x, value), 0.2503)
+        loss, grad, _ = reference.value_terms(x, torch.zeros_like(x), torch.full_like(x, value), 0.2503, float("inf"))
         torch.testing.assert_close(torch.autograd.grad(loss.sum(), x)[0], grad.detach())
