@@ -15,7 +15,7 @@ from rlkern.cli.framework import masked_whiten, rows_by_label
 def gpg(rewards: Tensor, mask: Tensor, index: Iterable[Hashable]) -> Tensor:
     """Less the group's mean, times rows over rows with a reward."""
     scores = rewards.sum(-1)
-    alpha = len(scores) / torch.count_nonzero(scores).clamp(min=1)
+    alpha = len(scores) / torch.count_nonzero(scores).clamp(min=1).to(torch.promote_types(scores.dtype, torch.float32))
     advantages = scores.clone()
     for rows in rows_by_label(index).values():
         mean = scores[rows].mean() if len(rows) > 1 else scores[rows[0]] * 0

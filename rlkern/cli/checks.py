@@ -129,6 +129,7 @@ GROUP = [
     Check("advantages.grpo, no std", *_advantages("grpo", *BY_PROMPT, norm_adv_by_std_in_grpo=False), scales.scores),
     Check("advantages.rloo", *_advantages("rloo", *BY_PROMPT), scales.scores),
     Check("advantages.opo", *_advantages("opo", *BY_PROMPT), scales.scores),
+    Check("advantages.gpg", *_advantages("gpg", *BY_PROMPT), scales.gpg),
 ]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import rlkern
-from rlkern.cli import framework, rollout
+from rlkern.cli import framework, losses, rollout
 from rlkern.cli.against import Formulas
 from rlkern.cli.checks import FIRST, GROUP, KL, SCAN, WHITEN, Check, Outputs
 from rlkern.cli.fields import Data, top, valid, wanted
@@ -91,6 +91,27 @@ def _policy_check(mode: Any, fused: bool = False) -> Check:
     return Check(name, ours, theirs, _policy_scale(mode), ("new",), _near_clip)
 
 
+def _variant_check(name: str) -> Check:
+    """The loss of a variant. Its gradient jumps at thresholds, which rows share: the tests compare it away from them."""
+
+    def ours(d: Data) -> Outputs:
+        more: dict[str, Any] = {"rollout_log_prob": d.ref} if name == "decoupled" else {}
+        found = rlkern.policy_loss(d.old, wanted(d.new), d.advantages, d.mask, variant=name, **losses.OPTIONS[name], **more)  # type: ignore[arg-type]
+        return {"loss": found.loss}
+
+    def theirs(f: Formulas, d: Data) -> Outputs:
+        return {"loss": f[f"loss_{name}"](d.old, d.new, d.advantages, d.mask, d.ref).detach()}
+
+    def scale(d: Data) -> Scale:
+        new, ref = wanted(d.new), wanted(d.ref)
+        x, moved = valid(new - d.old, d), valid(d.old - ref, d).exp() if name == "decoupled" else 1
+        of_row = x.abs().sum(-1, keepdim=True) if name in ("rloo", "vespo") else x.abs().amax(-1, keepdim=True)
+        terms = valid(d.advantages, d).abs() * 4 * x.exp() * moved * (1 + of_row) * (1 + valid(new, d).abs())
+        return float((terms * _weights(d, "seq-mean-token-sum" if name == "luspo" else "token-mean")).sum())
+
+    return Check(f"policy_loss, {name}", ours, theirs, scale, ("new", "ref"))
+
+
 def _value(loss: Tensor, clipfrac: Any, leaf: Tensor, d: Data) -> Outputs:
     loss.backward()  # type: ignore[no-untyped-call,unused-ignore]
     return {"loss": loss.detach(), "d_vpreds": valid(leaf.grad, d), "clipfrac": _number(clipfrac)}
@@ -126,6 +147,7 @@ def slack(check: Check, output: str, near: Tensor, d: Data) -> float:
 LOSS = [
     *[_policy_check(mode) for mode in MODES],
     _policy_check("token-mean", fused=True),
+    *[_variant_check(name) for name in losses.LOSSES if name not in losses.CHOOSING],
     Check("rollout_correction", rollout.ours, rollout.theirs, rollout.scale, ("new",)),
     Check("value_loss", _our_value_loss, _their_value_loss, _value_scale, ("values",), _near_value_clip),
 ]

@@ -86,6 +86,10 @@ def group_statistics(d: Data) -> float:
     return float(scores(d).max())
 
 
+def gpg(d: Data) -> Tensor:
+    return scores(d) * len(d.rewards)
+
+
 def grpo(d: Data) -> Tensor:
     terms, std = _scores(d)
     return 2 * terms / (std + 1e-6)
