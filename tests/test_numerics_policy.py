@@ -128,6 +128,15 @@ def test_nan_weight_of_a_row(backend):
     assert found.d_log_prob.isnan().all()
 
 
+def test_nan_behaviour_weight(backend):
+    old, one = torch.tensor([[-1.0, -2.0]]), torch.ones(1, 2)
+    behave = torch.tensor([[NAN, -2.0]])
+    assert (old - behave).nan_to_num(0.0, 0.0, 0.0).exp().tolist() == [[1.0, 1.0]]
+    assert run(old, old, one, one, variant="decoupled", rollout_log_prob=behave).loss.isnan()
+    mended = torch.where(behave.isfinite(), behave, old)
+    assert run(old, old, one, one, variant="decoupled", rollout_log_prob=mended).loss == -1
+
+
 # ---- rows ---------------------------------------------------------------------------------------------------------------
 def test_sums_of_a_row(backend):
     """The ratio of a whole row is the exponential of a sum: what the sum loses, the ratio loses relative to itself."""
