@@ -19,7 +19,7 @@ SHAPES: list[tuple[int, int, str]] = [
     (4, 16, "exactly one vector of 16 floats"),
     (3, 33, "whole vectors and a ragged end"),
     (2, 300, "past one flush of the moment lanes"),
-    (70, 65, "more rows than columns"),
+    (36, 33, "more rows than columns"),
     (2, 17000, "past one fixed chunk of a row-agnostic reduction"),
 ]
 

@@ -94,7 +94,8 @@ def test_known_values_of_empty_rows(backend):
 @names
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_matches_reference(backend, name, dtype):
-    for i, mask_dtype in enumerate(mask_kinds()):
+    few = backend == "triton" and dtype != torch.float32  # interpreted
+    for i, mask_dtype in enumerate(mask_kinds()[: 2 if few else None]):
         x = inputs(9, 37, dtype, mask_dtype, seed=i)
         for zero_tail in (True, False):
             assert_specified(name, x, f"{dtype} {mask_dtype}", zero_tail=zero_tail, weighted=bool(i % 2))
@@ -219,7 +220,7 @@ def test_properties(B, T, seed):
 
 @names
 def test_properties_threads_and_runs(backend, name):
-    x, before, found = inputs(48, 3000), torch.get_num_threads(), []
+    x, before, found = inputs(*((6, 300) if backend == "triton" else (48, 3000))), torch.get_num_threads(), []
     try:
         for threads in (1, 2, 2):
             torch.set_num_threads(threads)

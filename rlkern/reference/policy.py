@@ -107,7 +107,7 @@ def dppo_kl(x: Tensor, o: Operands, n: Sequence[float]) -> Terms:
     p, q = o.log_prob.detach().exp(), old.exp()
     # 1 - q + 1e-8 over 1 - p + 1e-8, without the cancellation of 1 - p near p = 1
     rest, kept = 1e-8 - torch.expm1(old), 1e-8 - torch.expm1(o.log_prob.detach())
-    divergence = -q * o.log_ratio.detach() + (1 - q) * torch.log(rest / kept)
+    divergence = -q * o.log_ratio.detach() - torch.expm1(old) * torch.log(rest / kept)
     gain = (divergence <= n[1]) | (p <= q)
     return _gated(torch.where(o.advantages > 0, gain, (divergence <= n[0]) | (p >= q)), x, o, n)
 
