@@ -212,7 +212,7 @@ struct PolicyLossArgs {
 };
 
 // A variant of the policy loss: the function of a token, what its ratio is of, its own numbers (rlkern/policy.py).
-enum class PolicyKind : int32_t { clip, kl_cov, sapo, reinforce, cispo, dppo_tv, dppo_kl, dro, vespo, geo_mean };
+enum class PolicyKind : int32_t { clip, kl_cov, sapo, reinforce, cispo, dppo_tv, dppo_kl, dro, vespo, geo_mean, topr };
 enum class Level : int32_t { token, sequence, sequence_sum };
 struct PolicyVariantArgs : PolicyLossArgs {
   Operand selected, behave;  // a byte per token; the behaviour policy's log-prob

@@ -252,7 +252,7 @@ template <>
 struct type_caster<rlkern::PolicyKind> {
   PYBIND11_TYPE_CASTER(rlkern::PolicyKind, const_name("str"));
   bool load(handle h, bool) {
-    return rlkern::word(h, {"clip", "kl_cov", "sapo", "reinforce", "cispo", "dppo_tv", "dppo_kl", "dro", "vespo", "geo_mean"}, value);
+    return rlkern::word(h, {"clip", "kl_cov", "sapo", "reinforce", "cispo", "dppo_tv", "dppo_kl", "dro", "vespo", "geo_mean", "topr"}, value);
   }
 };
 template <>

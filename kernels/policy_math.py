@@ -107,6 +107,9 @@ def variant_token(x, r, lp, old, a, penalty, of_gain, of_harm, c, KIND: tl.const
         elif KIND == "cispo":  # -clip(r) A log_prob
             kept = math.clamped(r, c[0], c[1])
             return -(kept * a) * lp, -(kept * a), (kept < r) | (kept > r), none
+        elif KIND == "topr":  # -A log_prob, times min(r, 1) unless A > 0
+            kept = tl.where(a > 0, 1.0, tl.where(r > 1, 1.0, r)) * a
+            return -kept * lp, -kept, (r > 1) & (a < 0), none
         elif KIND == "vespo":
             kept = tl.where(a >= 0, of_gain, of_harm) * a
             return -kept * lp, -kept, none, none

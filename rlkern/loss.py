@@ -118,8 +118,9 @@ def policy_loss(
     - cispo: -sg(clip(r)) A log_prob, or with `ratio_cap`, TRL's, -sg(min(r, ratio_cap)) A log_prob. gpg, reinforce: -A log_prob.
     - dppo_tv, dppo_kl: -sg(min(r, clip_ratio_c)) A log_prob, 0 where the token's total variation, or the divergence of two
       coins, has passed hi (A > 0) or lo in the direction that A rewards.
-    - dro: dro_beta x^2 / 2 - A log_prob. vespo: -sg(exp(lam + k L - lam e^L)) A log_prob with L the row's sum of x and of
-      the logs of the weights, k and lam by the sign of A: vespo_k_pos (2), vespo_lambda_pos (3), vespo_k_neg (3), vespo_lambda_neg (2).
+    - topr: -A log_prob where A > 0, else -sg(min(r, 1)) A log_prob. dro: dro_beta x^2 / 2 - A log_prob.
+    - vespo: -sg(exp(lam + k L - lam e^L)) A log_prob with L the row's sum of x and of the logs of the weights, k and lam by
+      the sign of A: vespo_k_pos (2), vespo_lambda_pos (3), vespo_k_neg (3), vespo_lambda_neg (2).
     - geo_mean: -mean(A) exp(mean of x, clipped at hi where A > 0, at -lo where A < 0) of the row; weights by their geometric mean.
     - clip_cov: ppo, but clip_cov_ratio (2e-4) of the tokens, at random of those whose covariance (A - mean A)(log_prob -
       mean log_prob) lies between clip_cov_lb (1) and clip_cov_ub (5), give nothing. kl_cov: -A r, and ppo_kl_coef (0.1) |x|
@@ -186,8 +187,8 @@ def policy_loss(
         PPO: Schulman et al. 2017 (arXiv 1707.06347), Ye et al. 2019 (dual clip, 1912.09729), Yu et al. 2025 (clip-higher,
         2503.14476). decoupled: Hilton et al. 2022 (2110.00641). GSPO: Zheng et al. 2025 (2507.18071). CISPO: MiniMax 2025
         (2506.13585). GPG: Chu et al. 2025 (2504.02546). GMPO: Zhao et al. 2025 (2507.20673). clip-cov, kl-cov: Cui et al. 2025
-        (2505.22617). DPPO: 2602.04879. verl compute_policy_loss_<variant> and agg_loss; TRL GRPOTrainer._compute_loss;
-        OpenRLHF PolicyLoss.
+        (2505.22617). DPPO: 2602.04879. TOPR: Roux et al. 2025 (2503.14286). verl compute_policy_loss_<variant> and agg_loss; TRL
+        GRPOTrainer._compute_loss; OpenRLHF PolicyLoss; ROLL ActorPGWorker.
     """
     p = policy.arguments(
         "policy_loss", old_log_prob, log_prob, advantages, response_mask, variant, cliprange, cliprange_low, cliprange_high,

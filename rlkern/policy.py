@@ -61,6 +61,7 @@ VARIANTS: dict[str, Variant] = {
     "dppo_tv": Variant("dppo_tv", caps=True, cap=3.0, clamp=20.0),
     "dppo_kl": Variant("dppo_kl", caps=True, cap=3.0, clamp=20.0),
     "dro": Variant("dro", clips=False, clamps=False, options={"dro_beta": _REQUIRED}),
+    "topr": Variant("topr", clips=False, clamp=20.0),
     "vespo": Variant("vespo", clips=False, clamps=False, options=_VESPO),
 }
 

@@ -14,7 +14,7 @@ LossAggMode = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean",
 Baseline = Literal["mean", "leave_one_out", "length_weighted"]
 Variant = Literal[
     "ppo", "decoupled", "gspo", "gspo_token", "luspo", "rloo", "sapo", "cispo", "gpg", "reinforce", "geo_mean", "clip_cov", "kl_cov",
-    "dppo_tv", "dppo_kl", "dro", "vespo",
+    "dppo_tv", "dppo_kl", "dro", "topr", "vespo",
 ]  # fmt: skip
 Level = Literal["token", "sequence", "sequence-sum"]
 EpsMode = Literal["add", "floor"]

@@ -43,6 +43,7 @@ CASES = {
     "dppo_tv": {"variant": "dppo_tv", "cliprange": 0.03, "clip_ratio_c": 1.3},
     "dppo_kl": {"variant": "dppo_kl", "cliprange": 0.005, "clip_ratio_c": 1.3},
     "dro": {"variant": "dro", "dro_beta": 0.3},
+    "topr": {"variant": "topr"},
     "vespo": {"variant": "vespo"},
 }  # fmt: skip
 OF_ROWS = ("ppo sequence", "ppo sequence-sum", "gspo", "gspo through the row", "sapo sequence", "cispo sequence")
@@ -82,6 +83,8 @@ def per_token(old, lp, a, m, variant, kept, w=None, behave=None, level=None, gra
         return -r.clamp(low, high).detach() * a * lp
     if variant in ("gpg", "reinforce"):
         return -a * lp
+    if variant == "topr":
+        return -torch.where(a > 0, torch.ones_like(r), r.clamp(max=1)).detach() * a * lp
     if variant == "dro":
         return 0.5 * o["dro_beta"] * x.square() - a * lp
     if variant == "vespo":
@@ -315,7 +318,7 @@ def test_policy_variant_gradcheck(backend, case):
     old, lp, a, m, w, behave, noise = batch(3, 9, torch.float64, spread=0.1)
     if (
         "cov" in case
-        or case in ("dppo_tv", "dppo_kl", "cispo", "cispo capped", "cispo sequence", "vespo", "gspo", "gspo_token")
+        or case in ("dppo_tv", "dppo_kl", "cispo", "cispo capped", "cispo sequence", "topr", "vespo", "gspo", "gspo_token")
         or "own" in case
     ):
         pytest.skip("a detached factor: autograd's numbers are not those of a difference quotient; matches_reference has them")

@@ -134,7 +134,7 @@ struct Variant {
 
  private:
   static constexpr bool kThrough = through_ratio(K), kOwnWeights = K == PolicyKind::vespo || K == PolicyKind::geo_mean;
-  static constexpr bool kNeedsRatio = kThrough || K == PolicyKind::cispo || K == PolicyKind::dppo_tv || K == PolicyKind::dppo_kl;
+  static constexpr bool kNeedsRatio = kThrough || K == PolicyKind::cispo || K == PolicyKind::topr || K == PolicyKind::dppo_tv || K == PolicyKind::dppo_kl;
 
   template <class Test>
   RLKERN_INLINE V open_only(V grad, Test blocked) const {  // what passes the clamp of the ratio
@@ -218,6 +218,7 @@ void variant_of(const PolicyVariantArgs& a) {
     case PolicyKind::dppo_kl: return variant_all<A, PolicyKind::dppo_kl>(a);
     case PolicyKind::dro: return variant_all<A, PolicyKind::dro>(a);
     case PolicyKind::vespo: return variant_all<A, PolicyKind::vespo>(a);
+    case PolicyKind::topr: return variant_all<A, PolicyKind::topr>(a);
     default: return variant_all<A, PolicyKind::geo_mean>(a);
   }
 }

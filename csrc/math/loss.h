@@ -152,6 +152,12 @@ RLKERN_HD auto cispo_token(const VariantInput<V>& t, const VariantNumbers<V>& o)
   const V zero = constant<V>(0), kept = clamped(t.ratio, o.low, o.high);
   return score_token(kept * t.advantage, t.log_prob, (kept < t.ratio) | (kept > t.ratio), zero > zero);
 }
+template <class V>
+RLKERN_HD auto topr_token(const VariantInput<V>& t) {
+  const V zero = constant<V>(0), one = constant<V>(1), kept = t.advantage > zero ? one : Ops<V>::at_most(t.ratio, one);
+  const auto clipped = (t.ratio > one) & (t.advantage < zero);
+  return score_token(kept * t.advantage, t.log_prob, clipped, zero > zero);
+}
 // Open while the policy has not moved too far in the direction that A rewards.
 template <class V, class Test>
 RLKERN_HD auto gated_token(const VariantInput<V>& t, const VariantNumbers<V>& o, Test open) {
@@ -210,6 +216,7 @@ RLKERN_HD auto variant_token(const VariantInput<V>& t, const VariantNumbers<V>& 
   else if constexpr (K == PolicyKind::dppo_kl) return dppo_kl_token(t, o);
   else if constexpr (K == PolicyKind::dro) return dro_token(t, o);
   else if constexpr (K == PolicyKind::vespo) return vespo_token(t);
+  else if constexpr (K == PolicyKind::topr) return topr_token(t);
   else return geo_mean_token(t, o);
 }
 // phi of vespo: exp(lam + k L - lam e^L), 0 where that is infinite.

@@ -95,6 +95,13 @@ def cispo(x: Tensor, o: Operands, n: Sequence[float]) -> Terms:
     return Terms(-kept * o.advantages * o.log_prob, -kept * o.advantages, ratio != kept, torch.zeros_like(o.valid))
 
 
+def topr(x: Tensor, o: Operands, n: Sequence[float]) -> Terms:
+    """-A log_prob, times sg(min(r, 1)) unless A > 0."""
+    ratio, gain = x.detach().exp().to(o.dtype), o.advantages > 0
+    kept = torch.where(gain, torch.ones_like(ratio), ratio.clamp(max=1)) * o.advantages
+    return Terms(-kept * o.log_prob, -kept, (ratio > 1) & (o.advantages < 0), torch.zeros_like(o.valid))
+
+
 def dppo_tv(x: Tensor, o: Operands, n: Sequence[float]) -> Terms:
     """-A sg(min(r, cap)) log_prob, while the probability has moved by at most `high` (A > 0), `low` else."""
     p, q = o.log_prob.detach().exp(), (o.log_prob - o.log_ratio).detach().exp()
@@ -160,7 +167,7 @@ def _none(o: Operands) -> tuple[Tensor, Tensor]:
 
 _LOG_TINY = -18.420680743952367  # log 1e-8
 KINDS: dict[str, Callable[[Tensor, Operands, Sequence[float]], Terms]] = {
-    f.__name__: f for f in (clip, kl_cov, sapo, reinforce, cispo, dppo_tv, dppo_kl, dro, vespo, geo_mean)
+    f.__name__: f for f in (clip, kl_cov, sapo, reinforce, cispo, dppo_tv, dppo_kl, dro, vespo, geo_mean, topr)
 }
 THROUGH_RATIO = ("clip", "kl_cov", "sapo")  # the others' gradient is that of log_prob itself
 OWN_WEIGHTS = ("vespo", "geo_mean")  # where weights do not multiply the token's loss
