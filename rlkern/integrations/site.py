@@ -91,8 +91,8 @@ class Site:
 
     For shadow mode. `grads`: the arguments that carry gradients. `exact`: the formula in float64, where the original itself
     rounds to float32. The scale of an error is what the absolute terms of a sum add up to. `terms`: the argument whose size,
-    under this sign, makes the terms positive; `scale`: or of each result, as it stands in the result,
-    from the arguments in float64. `dice`: it draws random numbers on the host; all that are compared draw the same."""
+    under this sign, makes the terms positive; `scale`: or of what stands at the same place in the result and below it, from the
+    arguments in float64. `dice`: it draws random numbers on the host; all that are compared draw the same."""
 
     module: str
     name: str
@@ -218,11 +218,11 @@ class Site:
         wide = dict(zip(names, wide_args, strict=False)) | wide_kwargs
         true = self.exact or self.original
         exact, sizes = _run(true, (), wide, names, self.grads, dice), {}
-        if self.scale is not None:
-            sizes = dict(leaves(self.scale(**wide)))
         if self.terms is not None:
             name, sign = self.terms
             sizes = _run(true, (), wide | {name: sign * wide[name].abs()}, names, self.grads, dice)
+        if self.scale is not None:
+            sizes |= dict(leaves(self.scale(**wide)))
         self.compare(ours, theirs, exact, sizes, args, kwargs)
 
     def compare(
@@ -235,7 +235,7 @@ class Site:
         worst = self.worst
         worst.calls += 1
         for where, true in exact.items():
-            scale = max(_largest(true), _largest(sizes.get(where, true)))
+            scale = max([_largest(true), *(_largest(x) for of, x in sizes.items() if where.startswith(of))])
             dtype = max(coarsest, theirs[where].dtype, key=_eps)
             room = budget(theirs[where], true, dtype, scale)
             off = error(ours[where], true)

@@ -135,20 +135,37 @@ _SETTINGS: dict[str, Any] = {
 
 
 # ---- the sizes of what is added up ----------------------------------------------------------------------------------------
-def _sizes(old: Tensor, rollout: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Of the numbers in which terms cancel."""
-    valid = mask != 0
-    a, b, n = (torch.where(valid, x, 0.0).abs().sum() for x in (old, rollout, valid.to(old.dtype)))
-    return dict.fromkeys(("kl", "log_ppl_diff", "log_ppl_abs_diff", "log_ppl_diff_max", "log_ppl_diff_min"), (a + b) / n)
+def _size(old: Tensor, rollout: Tensor, mask: Tensor, bound: Any = None) -> Tensor:
+    """Of all numbers of a batch: what a row sums up, weights up to their bound, and the 1 that chi-squared takes away."""
+    a, b = (torch.where(mask != 0, x, 0.0).abs().sum(-1).max() for x in (old, rollout))
+    most = float(str(bound).rpartition("_")[2]) if bound is not None else 0.0
+    return 2 + most + a + b
 
 
-def _offpolicy_scale(old_log_prob: Tensor, rollout_log_prob: Any, response_mask: Tensor) -> dict[str, Tensor]:
-    return _sizes(old_log_prob, rollout_log_prob, response_mask)
+def _offpolicy_size(old_log_prob: Tensor, rollout_log_prob: Tensor, response_mask: Tensor) -> Tensor:
+    return _size(old_log_prob, rollout_log_prob, response_mask)
 
 
-def _correction_scale(old_log_prob: Tensor, rollout_log_prob: Any, response_mask: Tensor, *unused: Any, **more: Any) -> tuple[Any, ...]:
-    sizes = _sizes(old_log_prob, rollout_log_prob, response_mask)
-    return None, None, {f"{_OWN}{name}": x for name, x in sizes.items()}
+def _correction_size(
+    old_log_prob: Tensor, rollout_log_prob: Tensor, response_mask: Tensor, rollout_is: Any = None, rollout_is_threshold: Any = 2.0,
+    *unused: Any, **more: Any,
+) -> tuple[Any, ...]:  # fmt: skip
+    return None, None, _size(old_log_prob, rollout_log_prob, response_mask, rollout_is_threshold)
+
+
+def _ratio_size(
+    log_ratio: Tensor, response_mask: Tensor, rollout_is: Any = None, rollout_is_threshold: Any = 2.0, **more: Any
+) -> tuple[Any, ...]:
+    return None, _size(log_ratio, torch.zeros_like(log_ratio), response_mask, rollout_is_threshold)
+
+
+def _bypass_size(old_log_prob: Tensor, log_prob: Tensor, response_mask: Tensor, **more: Any) -> tuple[Any, ...]:
+    return None, _size(old_log_prob, log_prob, response_mask, 3.0)
+
+
+def _debug_size(data: Any) -> Tensor:
+    """Of probabilities."""
+    return torch.ones(())
 
 
 # ---- what tells the versions apart -----------------------------------------------------------------------------------
@@ -197,12 +214,12 @@ def _of_bypass(original: Any) -> list[Call]:
 def sites() -> Iterable[Site]:
     op = "_rollout_correction_fwd"
     name = "compute_rollout_correction_and_rejection_mask"
-    yield Site(CORRECTION, name, [correction], _of_correction, op, scale=_correction_scale)
-    yield Site(CORRECTION, "compute_rollout_correction_weights", [correction_weights], _of_parts(*_IS), op)
-    yield Site(CORRECTION, "compute_rollout_rejection_mask", [rejection_mask], _of_parts(*_RS), op)
+    yield Site(CORRECTION, name, [correction], _of_correction, op, scale=_correction_size)
+    yield Site(CORRECTION, "compute_rollout_correction_weights", [correction_weights], _of_parts(*_IS), op, scale=_ratio_size)
+    yield Site(CORRECTION, "compute_rollout_rejection_mask", [rejection_mask], _of_parts(*_RS), op, scale=_ratio_size)
     both: list[Call] = [(_logs(), {})]
-    yield Site(CORRECTION, "compute_offpolicy_metrics", [offpolicy_metrics], lambda _: both, op, scale=_offpolicy_scale)
-    yield Site(DEBUG, "calculate_debug_metrics", [debug_metrics], _of_debug, op)
+    yield Site(CORRECTION, "compute_offpolicy_metrics", [offpolicy_metrics], lambda _: both, op, scale=_offpolicy_size)
+    yield Site(DEBUG, "calculate_debug_metrics", [debug_metrics], _of_debug, op, scale=_debug_size)
     forms = [_bypass(True), _bypass(False)]
     signed = ("advantages", -1.0)
-    yield Site(CORE, "compute_policy_loss_bypass_mode", forms, _of_bypass, op, ("log_prob",), terms=signed)
+    yield Site(CORE, "compute_policy_loss_bypass_mode", forms, _of_bypass, op, ("log_prob",), terms=signed, scale=_bypass_size)
