@@ -2,6 +2,7 @@
 """Two thousand random calls of every patched function against the framework's own, in float64 by the one error budget; and the
 same with faults put into ours, which must show."""
 
+import copy
 import os
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 import rlkern
 from rlkern import advantages, integrations
-from rlkern.integrations import hooks
+from rlkern.integrations import hooks, verl_losses
 from rlkern.integrations.site import Worst, in_shadow
 
 pytest.importorskip("verl")
@@ -136,8 +137,9 @@ def thresholds(d, options):
 
 
 def gap(d):
-    """Two policies, and a mask of numbers."""
-    return (*log_probs(d), d.mask((torch.int64, torch.bool)))
+    """Two policies that differ by at most exp(8), and a mask of numbers."""
+    old, new = log_probs(d)
+    return old, -(old + (new - old).clamp(-8, 8)).abs(), d.mask((torch.int64, torch.bool))
 
 
 def correction_case(d):
@@ -162,7 +164,8 @@ def bypass_case(d):
         "rollout_is_threshold": d.choice(BANDS), "rollout_rs": options, "rollout_rs_threshold": thresholds(d, options),
         "rollout_is_batch_normalize": d.choice([True, False]),
     }  # fmt: skip
-    old, new, advantages, mask, mode, config, _ = loss_case(d)
+    _, _, advantages, _, mode, config, _ = loss_case(d)
+    old, new, mask = gap(d)
     config.policy_loss.rollout_correction.__dict__.update(own)
     return old, new, advantages, mask, mode, config
 
@@ -403,6 +406,24 @@ def _population(values, mask, shift_mean=True):
     return rlkern.masked_whiten(values, mask, shift_mean=shift_mean, unbiased=False)
 
 
+def _swapped(*args):
+    low, high = args[5].tau_pos, args[5].tau_neg
+    args[5].__dict__.update(tau_pos=high, tau_neg=low)
+    try:
+        return verl_losses._loss(verl_losses.FORMS["sapo"], True)(*args)
+    finally:
+        args[5].__dict__.update(tau_pos=low, tau_neg=high)
+
+
+def _unrejected(own):
+    def faulty(old, new, advantages, mask, mode, config):
+        again = copy.deepcopy(config)
+        again.policy_loss.rollout_correction.__dict__["rollout_rs"] = None
+        return own(old, new, advantages, mask, mode, again)[0], own(old, new, advantages, mask, mode, config)[1]
+
+    return faulty
+
+
 FAULTS = {
     "a token dropped from a sum": ("masked_sum", lambda own: _dropped(own)),
     "a token dropped from a mean": ("masked_mean", lambda own: _dropped(own)),
@@ -419,12 +440,23 @@ FAULTS = {
     "raw for zero": ("compute_rloo_vectorized_outcome_advantage", lambda own: lambda r, m, i: tuple(advantages.rloo(r, m, i))),
     "lambda a little off": ("compute_gae_advantage_return", lambda own: lambda r, v, m, g, lam: own(r, v, m, g, lam * (1 - 1e-4))),
     "the last clip kept": ("compute_policy_loss_vanilla", lambda own: lambda *a: (own(*a)[0] * (1 + 1e-5), own(*a)[1])),
+    "a token dropped from GSPO": ("compute_policy_loss_gspo", lambda own: _dropped(own)),
+    "a token dropped from KL-cov": ("compute_policy_loss_kl_cov", lambda own: _dropped(own)),
+    "a token dropped from a token baseline": ("compute_optimal_token_baseline_advantage", lambda own: _dropped(own)),
+    "a tail that is kept": ("compute_multi_turn_optimal_token_baseline_advantage", lambda own: lambda *a: own(*a[:6], not a[6])),
+    "SAPO's temperatures swapped": ("compute_policy_loss_sapo", lambda own: _swapped),
+    "the dice thrown otherwise": ("compute_policy_loss_clip_cov", lambda own: lambda *a: (torch.randperm(3), own(*a))[1]),
+    "raw for truncated": ("compute_rollout_correction_weights", lambda own: lambda q, m, level, u, n: own(q, m, level, 1e9, n)),
+    "a token dropped from a KL": ("compute_offpolicy_metrics", lambda own: _dropped(own)),
+    "rejection left out": ("compute_policy_loss_bypass_mode", lambda own: _unrejected(own)),
+    "a weight left out": ("compute_gdpo_outcome_advantage", lambda own: lambda *a: own(*a[:5])),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_differential_catches(fault):
-    import verl.trainer.ppo.core_algos  # noqa: F401
+    import verl.trainer.ppo.core_algos
+    import verl.trainer.ppo.rollout_corr_helper  # noqa: F401
 
     name, make = FAULTS[fault]
     site = site_of("verl", name)
