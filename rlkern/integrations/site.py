@@ -14,7 +14,7 @@ import functools
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,7 +91,8 @@ class Site:
 
     For shadow mode. `grads`: the arguments that carry gradients. `exact`: the formula in float64, where the original itself
     rounds to float32. The scale of an error is what the absolute terms of a sum add up to. `terms`: the argument whose size,
-    under this sign, makes the terms positive; `scale`: or of each result, from the arguments in float64."""
+    under this sign, makes the terms positive; `scale`: or of what stands at the same place in the result and below it, from the
+    arguments in float64. `dice`: it draws random numbers on the host; all that are compared draw the same."""
 
     module: str
     name: str
@@ -102,7 +103,8 @@ class Site:
     exact: Callable[..., Any] | None = None
     terms: tuple[str, float] | None = None
     stays: Callable[..., bool] | None = None
-    scale: Callable[..., Sequence[Tensor]] | None = None
+    scale: Callable[..., Any] | None = None
+    dice: bool = False
     original: Any = None
     probed: Any = None
     replacement: Any = None
@@ -187,9 +189,10 @@ class Site:
         """The framework's result; rlkern runs beside it and the error is noted."""
         with in_shadow():
             spare = _map((args, kwargs), lambda x: x.detach().clone())  # the original may write what it is given
+            dice = torch.get_rng_state() if self.dice else None
             found = self.original(*args, **kwargs)
             try:
-                self.judge(*spare)
+                self.judge(*spare, dice)
             except Exception as problem:  # a comparison must not stop a run
                 self.missed(problem)
         return found
@@ -204,20 +207,22 @@ class Site:
         level = logging.INFO if isinstance(problem, Uncovered) else logging.WARNING
         self.say(f"{self.target}: not compared: {type(problem).__name__}: {problem}", level)
 
-    def judge(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def judge(self, args: tuple[Any, ...], kwargs: dict[str, Any], dice: Tensor | None = None) -> None:
         self.refuse_foreign((*args, *kwargs.values()))
         names = list(inspect.signature(self.original).parameters)
         wide_args, wide_kwargs = double((args, kwargs))
-        ours = _run(self.choice(), args, kwargs, names, self.grads)
-        theirs = _run(self.original, args, kwargs, names, self.grads)
+        if self.dice and dice is None:
+            dice = torch.get_rng_state()
+        ours = _run(self.choice(), args, kwargs, names, self.grads, dice)
+        theirs = _run(self.original, args, kwargs, names, self.grads, dice)
         wide = dict(zip(names, wide_args, strict=False)) | wide_kwargs
         true = self.exact or self.original
-        exact, sizes = _run(true, (), wide, names, self.grads), {}
-        if self.scale is not None:
-            sizes = dict(leaves(tuple(self.scale(**wide))))
+        exact, sizes = _run(true, (), wide, names, self.grads, dice), {}
         if self.terms is not None:
             name, sign = self.terms
-            sizes = _run(true, (), wide | {name: sign * wide[name].abs()}, names, self.grads)
+            sizes = _run(true, (), wide | {name: sign * wide[name].abs()}, names, self.grads, dice)
+        if self.scale is not None:
+            sizes |= dict(leaves(self.scale(**wide)))
         self.compare(ours, theirs, exact, sizes, args, kwargs)
 
     def compare(
@@ -230,7 +235,7 @@ class Site:
         worst = self.worst
         worst.calls += 1
         for where, true in exact.items():
-            scale = max(_largest(true), _largest(sizes.get(where, true)))
+            scale = max([_largest(true), *(_largest(x) for of, x in sizes.items() if where.startswith(of))])
             dtype = max(coarsest, theirs[where].dtype, key=_eps)
             room = budget(theirs[where], true, dtype, scale)
             off = error(ours[where], true)
@@ -252,6 +257,8 @@ def _map(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return [_map(y, change) for y in x]
     if type(x) is dict:
         return {k: _map(y, change) for k, y in x.items()}
+    if isinstance(x, Mapping) and hasattr(x, "apply"):  # a TensorDict
+        return x.apply(change)
     if dataclasses.is_dataclass(x) and not isinstance(x, type):
         same = copy.copy(x)
         same.__dict__.update({k: _map(y, change) for k, y in vars(x).items()})
@@ -270,7 +277,7 @@ def leaves(x: Any, where: str = "result") -> Iterator[tuple[str, Tensor]]:
         yield where, x
     elif isinstance(x, (int, float)):
         yield where, torch.tensor(float(x))  # a metric: float32 before it was a number
-    elif isinstance(x, dict):
+    elif isinstance(x, Mapping):
         for k, y in x.items():
             yield from leaves(y, f"{where}[{k!r}]")
     elif isinstance(x, (tuple, list)):
@@ -291,8 +298,14 @@ def _largest(x: Tensor) -> float:
     return float(x.max()) if x.numel() else 0.0
 
 
-def _run(function: Callable[..., Any], args: Any, kwargs: Any, names: list[str], grads: tuple[str, ...]) -> dict[str, Tensor]:
-    """Results, and the gradients of their sum."""
+def _run(
+    function: Callable[..., Any], args: Any, kwargs: Any, names: list[str], grads: tuple[str, ...], dice: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Results, and the gradients of their sum; the dice lie afterwards as they lay before."""
+    if dice is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(dice)
+            return _run(function, args, kwargs, names, grads)
     args, kwargs = _map((args, kwargs), lambda x: x.detach())
     given = {names[i]: x for i, x in enumerate(args) if i < len(names)} | kwargs
     inputs = {n: given[n].requires_grad_() for n in grads if isinstance(given.get(n), Tensor) and given[n].is_floating_point()}
@@ -308,6 +321,7 @@ def _run(function: Callable[..., Any], args: Any, kwargs: Any, names: list[str],
 def _outcome(function: Callable[..., Any], call: Call) -> list[tuple[str, Tensor]] | type[Exception]:
     try:
         args, kwargs = _map(call, lambda x: x.clone())
+        torch.default_generator.manual_seed(0)  # whose state `choose` keeps
         return list(leaves(function(*args, **kwargs)))
     except Exception as refusal:
         return type(refusal)

@@ -2,6 +2,7 @@
 """Two thousand random calls of every patched function against the framework's own, in float64 by the one error budget; and the
 same with faults put into ours, which must show."""
 
+import copy
 import os
 
 import numpy as np
@@ -12,8 +13,8 @@ from hypothesis import strategies as st
 
 import rlkern
 from rlkern import advantages, integrations
-from rlkern.integrations import hooks
-from rlkern.integrations.site import Worst
+from rlkern.integrations import hooks, verl_losses
+from rlkern.integrations.site import Worst, in_shadow
 
 pytest.importorskip("verl")
 CASES = int(os.environ.get("RLKERN_TEST_CASES", "2000"))
@@ -88,6 +89,128 @@ class Config:
         return self.cap if name == "clip_ratio_c" else default
 
 
+def actor(d, **policy):
+    from verl.workers.config import ActorConfig
+    from verl.workers.config.actor import PolicyLossConfig
+
+    made = ActorConfig(
+        strategy="fsdp", rollout_n=8, ppo_micro_batch_size_per_gpu=8, clip_ratio_low=d.number(0.05, 0.5), clip_ratio_c=d.number(1.5, 5.0),
+        clip_ratio_high=d.number(0.05, 0.5), tau_pos=d.number(0.5, 2.0), tau_neg=d.number(0.5, 2.0), policy_loss=PolicyLossConfig(**policy),
+    )  # fmt: skip
+    made.global_batch_info.update(counts(d))
+    return made
+
+
+def loss_case(d, **policy):
+    """Of a variant: log-probs below 0, at times with weights."""
+    old, new = log_probs(d)
+    new, mask = -new.abs(), d.mask((torch.int64, torch.bool))
+    weights = d.choice([None, d.tensor(1.0).abs()])
+    return old, new, d.tensor(), mask, d.choice(MODES), actor(d, **policy), weights
+
+
+def cov_case(d):
+    d.dtype = torch.float32  # among tokens of equal covariance, as in bfloat16, another may be the one that is penalized
+    share, lowest = d.choice([2e-4, 0.1, 0.5]), d.choice([0.0, 0.1, 1.0])
+    cov = {"clip_cov_ratio": share, "clip_cov_lb": lowest, "clip_cov_ub": lowest + d.number(0.1, 5.0)}
+    return loss_case(d, **cov, kl_cov_ratio=share, ppo_kl_coef=d.number(0.01, 1.0))
+
+
+LEVELS = (None, "token", "sequence")
+BANDS = (2.0, 1.1, "0.5_2.0", "0.9_1.1", "3", None)
+REJECTIONS = (
+    None,
+    "token_k1",
+    "token_k2",
+    "token_k3",
+    "seq_sum_k1",
+    "seq_mean_k3",
+    "seq_max_k2",
+    "seq_sum_k2,token_k1",
+    "seq_mean_k1,seq_max_k3",
+)
+
+
+def thresholds(d, options):
+    one = {"k1": d.choice(["0.5_2.0", "1.2", "0.9_1.5"]), "k2": d.choice(["0.1", "2"]), "k3": d.choice(["0.1", "2"])}
+    return None if options is None else ",".join(one[name[-2:]] for name in options.split(","))
+
+
+def gap(d):
+    """Two policies that differ by at most exp(8), and a mask of numbers."""
+    old, new = log_probs(d)
+    return old, -(old + (new - old).clamp(-8, 8)).abs(), d.mask((torch.int64, torch.bool))
+
+
+def correction_case(d):
+    options = d.choice(REJECTIONS)
+    return *gap(d), d.choice(LEVELS), d.choice(BANDS), d.choice([True, False]), options, thresholds(d, options)
+
+
+def ratio(d):
+    old, new, mask = gap(d)
+    return old - new, mask
+
+
+def rejection_case(d):
+    options = d.choice(REJECTIONS[1:])
+    return *ratio(d), options, thresholds(d, options)
+
+
+def bypass_case(d):
+    options = d.choice(REJECTIONS)
+    own = {
+        "loss_type": d.choice(["ppo_clip", "reinforce", "nonsense", "reinforce", "ppo_clip"]), "rollout_is": d.choice(LEVELS),
+        "rollout_is_threshold": d.choice(BANDS), "rollout_rs": options, "rollout_rs_threshold": thresholds(d, options),
+        "rollout_is_batch_normalize": d.choice([True, False]),
+    }  # fmt: skip
+    _, _, advantages, _, mode, config, _ = loss_case(d)
+    old, new, mask = gap(d)
+    config.policy_loss.rollout_correction.__dict__.update(own)
+    return old, new, advantages, mask, mode, config
+
+
+def token_case(d):
+    d.dtype = torch.float32
+    old = -d.tensor(1.0).abs()
+    squares = (2 * old).exp() + 0.1 * torch.rand(d.B, d.T, generator=d.g)
+    weights = d.choice([None, d.tensor(0.5).abs().clamp(max=2)])
+    return d.tensor(), d.mask(NUMBERS[:1]), d.labels(), old, squares, weights, d.choice([True, False])
+
+
+def pairs(d):
+    """Labels that come twice at least, at times."""
+    names = d.labels()
+    d.B *= 2
+    return np.concatenate([names, names])
+
+
+def passk_case(d):
+    labels = pairs(d) if d.integer(0, 9) else d.labels()
+    config = {"norm_adv_by_std_in_grpo": d.choice([True, False])}
+    return d.tensor(), d.mask(), labels, 1e-6, True, config
+
+
+def gdpo_case(d):
+    d.dtype = torch.float32
+    rewards, mask, labels = d.tensor(), d.mask(NUMBERS[:1]), d.labels()
+    if d.integer(0, 3) == 0:
+        return rewards, mask, labels
+    own = {name: d.tensor(shape=(d.B,)).numpy() for name in "abc"[: d.integer(1, 3)]}
+    config = {"gdpo_reward_keys": list(own), "gdpo_reward_weights": d.choice([None, [1.0, 0.25, 3.0][: len(own)]])}
+    return rewards, mask, labels, 1e-6, d.choice([True, False]), config, own, {"prompts": mask[:, :0], "attention_mask": mask}
+
+
+def debug_case(d):
+    from verl import DataProto
+
+    old, new, mask = gap(d)
+    wide = torch.cat((torch.ones(d.B, 3, dtype=mask.dtype), mask), 1)
+    tensors = {"old_log_probs": old, "rollout_log_probs": new, "responses": mask.long(), "attention_mask": wide}
+    return (DataProto.from_dict(tensors=tensors | d.choice([{}, {"response_mask": mask}])),)
+
+
+SIMPLE = ("gspo", "sapo", "gpg", "geo_mean", "dppo_tv", "dppo_kl", "cispo", "reinforce")
 NUMBERS = (torch.int64, torch.float32)  # a mask that verl subtracts from 1
 VERL = {
     "masked_sum": lambda d: (d.tensor(), d.mask(), d.choice([None, 0, -1])),
@@ -109,6 +232,20 @@ VERL = {
     "kl_penalty": lambda d: (*log_probs(d), d.choice(["k3", "low_var_kl", "k3+", "abs+", "k1+"])),
     "agg_loss": lambda d: (d.tensor(), d.mask((torch.int64, torch.bool)), d.choice(MODES[2:]), *counts(d).values()),
     "compute_policy_loss_vanilla": lambda d: (*log_probs(d), d.tensor(), d.mask((torch.int64, torch.bool)), d.choice(MODES), Config(d)),
+    "compute_gpg_outcome_advantage": lambda d: (d.tensor(), d.mask(), d.labels(), 1e-6, d.choice([1.0, 3.0])),
+    "compute_grpo_passk_outcome_advantage": passk_case,
+    "compute_gdpo_outcome_advantage": gdpo_case,
+    "compute_optimal_token_baseline_advantage": token_case,
+    "compute_multi_turn_optimal_token_baseline_advantage": token_case,
+    **{f"compute_policy_loss_{name}": loss_case for name in SIMPLE},
+    **{f"compute_policy_loss_{name}": cov_case for name in ("clip_cov", "kl_cov")},
+    "compute_policy_loss_dro": lambda d: loss_case(d, dro_beta=d.number(0.01, 2.0)),
+    "compute_policy_loss_bypass_mode": bypass_case,
+    "compute_rollout_correction_and_rejection_mask": correction_case,
+    "compute_rollout_correction_weights": lambda d: (*ratio(d), d.choice(LEVELS[1:]), d.choice(BANDS[:-1]), d.choice([True, False])),
+    "compute_rollout_rejection_mask": rejection_case,
+    "compute_offpolicy_metrics": gap,
+    "calculate_debug_metrics": debug_case,
     "compute_value_loss": lambda d: (
         d.tensor(), d.tensor(), d.tensor(), d.mask((torch.int64, torch.bool)), d.number(0.05, 1), d.choice(MODES), *counts(d).values()
     ),
@@ -124,14 +261,30 @@ def agree(site, args):
             site.replacement(*args)
         return
     site.worst = Worst()
+    same_keys(site, args)
     try:
-        site.judge(args, {})
+        with in_shadow():  # what the original calls is verl's own
+            site.judge(args, {})
     except integrations.site.Uncovered:
         return
     except (ValueError, TypeError):  # ours refuses; the call stays with the framework
         site.replacement(*args)
         return
     assert site.worst.share <= 1, f"{site.target}: {site.worst.line()}"
+
+
+def same_keys(site, args):
+    """Dicts in verl's order, of Python numbers."""
+    dice = torch.get_rng_state()
+    with in_shadow():
+        own = site.original(*args)
+    after = torch.get_rng_state()
+    torch.set_rng_state(dice)
+    ours = site.replacement(*args)
+    assert torch.equal(torch.get_rng_state(), after), "the dice are elsewhere"
+    for a, b in zip(*([x, *(x if isinstance(x, tuple) else ())] for x in (own, ours)), strict=True):
+        if isinstance(a, dict):
+            assert {k: type(v) for k, v in a.items()} == {k: type(v) for k, v in b.items()}
 
 
 def site_of(framework, name):
@@ -141,7 +294,9 @@ def site_of(framework, name):
 
 @pytest.mark.parametrize("name", VERL)
 def test_differential_verl(name):
-    import verl.trainer.ppo.core_algos  # noqa: F401
+    import verl.trainer.ppo.core_algos
+    import verl.trainer.ppo.rollout_corr_helper
+    import verl.utils.debug.metrics  # noqa: F401
 
     site = site_of("verl", name)
     assert site.replacement is not None, site.why_left
@@ -251,6 +406,24 @@ def _population(values, mask, shift_mean=True):
     return rlkern.masked_whiten(values, mask, shift_mean=shift_mean, unbiased=False)
 
 
+def _swapped(*args):
+    low, high = args[5].tau_pos, args[5].tau_neg
+    args[5].__dict__.update(tau_pos=high, tau_neg=low)
+    try:
+        return verl_losses._loss(verl_losses.FORMS["sapo"], True)(*args)
+    finally:
+        args[5].__dict__.update(tau_pos=low, tau_neg=high)
+
+
+def _unrejected(own):
+    def faulty(old, new, advantages, mask, mode, config):
+        again = copy.deepcopy(config)
+        again.policy_loss.rollout_correction.__dict__["rollout_rs"] = None
+        return own(old, new, advantages, mask, mode, again)[0], own(old, new, advantages, mask, mode, config)[1]
+
+    return faulty
+
+
 FAULTS = {
     "a token dropped from a sum": ("masked_sum", lambda own: _dropped(own)),
     "a token dropped from a mean": ("masked_mean", lambda own: _dropped(own)),
@@ -267,12 +440,23 @@ FAULTS = {
     "raw for zero": ("compute_rloo_vectorized_outcome_advantage", lambda own: lambda r, m, i: tuple(advantages.rloo(r, m, i))),
     "lambda a little off": ("compute_gae_advantage_return", lambda own: lambda r, v, m, g, lam: own(r, v, m, g, lam * (1 - 1e-4))),
     "the last clip kept": ("compute_policy_loss_vanilla", lambda own: lambda *a: (own(*a)[0] * (1 + 1e-5), own(*a)[1])),
+    "a token dropped from GSPO": ("compute_policy_loss_gspo", lambda own: _dropped(own)),
+    "a token dropped from KL-cov": ("compute_policy_loss_kl_cov", lambda own: _dropped(own)),
+    "a token dropped from a token baseline": ("compute_optimal_token_baseline_advantage", lambda own: _dropped(own)),
+    "a tail that is kept": ("compute_multi_turn_optimal_token_baseline_advantage", lambda own: lambda *a: own(*a[:6], not a[6])),
+    "SAPO's temperatures swapped": ("compute_policy_loss_sapo", lambda own: _swapped),
+    "the dice thrown otherwise": ("compute_policy_loss_clip_cov", lambda own: lambda *a: (torch.randperm(3), own(*a))[1]),
+    "raw for truncated": ("compute_rollout_correction_weights", lambda own: lambda q, m, level, u, n: own(q, m, level, 1e9, n)),
+    "a token dropped from a KL": ("compute_offpolicy_metrics", lambda own: _dropped(own)),
+    "rejection left out": ("compute_policy_loss_bypass_mode", lambda own: _unrejected(own)),
+    "a weight left out": ("compute_gdpo_outcome_advantage", lambda own: lambda *a: own(*a[:5])),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_differential_catches(fault):
-    import verl.trainer.ppo.core_algos  # noqa: F401
+    import verl.trainer.ppo.core_algos
+    import verl.trainer.ppo.rollout_corr_helper  # noqa: F401
 
     name, make = FAULTS[fault]
     site = site_of("verl", name)
