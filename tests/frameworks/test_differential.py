@@ -172,7 +172,9 @@ def openrlhf_cases(openrlhf):
             is_correction_threshold=(d.number(0.3, 0.9), d.number(1.1, 3.0)) if gating == "ratio" else (0.0, d.number(0.001, 0.5)),
         )  # fmt: skip
         old, new = log_probs(d)
-        rollout = old + d.tensor(d.choice([1e-3, 0.1, 0.3]))
+        rollout = old + d.tensor(d.choice([1e-3, 0.1, 0.3])).clamp(-20, 20)
+        if made.policy_loss_type == "gspo":  # its ratio is not clamped, and overflows sooner in float32
+            new = old + (new - old).clamp(-20, 20)
         return (
             made,
             new,
