@@ -151,11 +151,7 @@ def test_trl_loss_leaves(options):
         step(inputs(), **options)
 
 
-def test_trl_loss_leaves_tokens_alone_and_overridden_methods():
-    short = {k: x[:, :1] if x.dim() == 2 else x for k, x in inputs().items()}
-    with pytest.raises(Uncovered, match="one token"):
-        step(short)
-
+def test_trl_loss_leaves_overridden_methods():
     class Changed(Methods):
         @staticmethod
         def get_gamma_weights(*unused):
@@ -163,6 +159,25 @@ def test_trl_loss_leaves_tokens_alone_and_overridden_methods():
 
     with pytest.raises(Uncovered, match="get_gamma_weights is overridden"):
         compute_loss(stub(Changed, ()), None, inputs())
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_trl_loss_metrics_of_one_token(level):
+    """Where rows have one token, TRL's means are over all rows, those without a token too."""
+    given = {k: x[:, :1] if x.dim() == 2 else x for k, x in inputs().items()}
+    given["completion_mask"] = torch.tensor([[1], [0], [1], [1], [0], [1]])
+    lp, old, ref = INPUTS["log_prob"][:, :1], given["old_per_token_logps"], given["ref_per_token_logps"]
+    trainer = stub(Methods, (lp, 0.5 * lp.abs() + 0.1), **TRAINER, beta=0.1, importance_sampling_level=level)
+    compute_loss(trainer, None, given)
+    found = {k: x[0] for k, x in trainer._metrics["train"].items()}
+    ratio = (lp - old).exp().squeeze(1)
+    if level == "sequence":
+        ratio = torch.where(given["completion_mask"].squeeze(1) != 0, ratio, 1.0)
+    d, low, high = ref - lp, (ratio < 0.8) & (A < 0), (ratio > 1.28) & (A > 0)
+    expected = {"entropy": (0.5 * lp.abs() + 0.1).mean(), "kl": (d.exp() - d - 1).mean(), "clip_ratio/low_mean": low.float().mean()}
+    expected |= {"clip_ratio/high_mean": high.float().mean(), "clip_ratio/region_mean": (low | high).float().mean()}
+    expected |= {"clip_ratio/low_min": low.float().min(), "clip_ratio/high_max": high.float().max()}
+    assert found == {k: pytest.approx(float(x), rel=1e-5) for k, x in expected.items()}
 
 
 # ---- RLOO ---------------------------------------------------------------------------------------------------------------

@@ -51,10 +51,9 @@ def _approx_kl(log_probs: Tensor, log_probs_base: Tensor, old: Tensor | None, kl
     weights: dict[str, Any] = {}
     if unbiased_gradient and old is not None:
         weights = {"old_log_prob": old.detach().float(), "weight_max": 10.0}
-    return rlkern.kl_penalty(
-        log_probs.float(), log_probs_base.float(), f"{kl_estimator}+" if unbiased_gradient else kl_estimator, value_range=(-10.0, 10.0),
-        log_ratio_range=(float("-inf"), 10.0) if kl_estimator == "k3" else None, **weights,
-    )  # fmt: skip
+    name: Any = f"{kl_estimator}+" if unbiased_gradient else kl_estimator
+    ranges: dict[str, Any] = {"log_ratio_range": (float("-inf"), 10.0) if kl_estimator == "k3" else None, "value_range": (-10.0, 10.0)}
+    return rlkern.kl_penalty(log_probs.float(), log_probs_base.float(), name, **ranges, **weights)
 
 
 def compute_approx_kl(
@@ -124,7 +123,8 @@ def _policy_loss(results: int) -> Callable[..., Any]:
             raise Uncovered("no mask, a loss of another name, or the correction of 0.11.0")
         _plain(log_probs, old_log_probs, advantages, *([] if rollout_log_probs is None else [rollout_log_probs]))
         weights, vllm_kl, filtered = _weights(self, old_log_probs, rollout_log_probs, action_mask)
-        base, variant = old_log_probs, {}
+        base: Any = old_log_probs
+        variant: dict[str, Any] = {}
         if self.policy_loss_type == "gspo":
             variant = {"variant": "gspo", "sequence_grad": "row", "log_ratio_clamp": None}
             base = old_log_probs if getattr(self, "is_correction_level", "off") == "off" else rollout_log_probs

@@ -35,7 +35,8 @@ _IMAGES = (
 
 
 # ---- GRPO ---------------------------------------------------------------------------------------------------------------
-def _refuse(trainer: Any, inputs: dict[str, Any]) -> None:
+def _refuse(trainer: Any) -> None:
+    """By options alone: ranks that disagree would wait for each other."""
     kind, level, args = trainer.loss_type, trainer.importance_sampling_level, trainer.args
     if kind not in VARIANTS or level not in ("token", "sequence"):
         raise Uncovered(f"loss_type={kind!r}, importance_sampling_level={level!r}")
@@ -45,8 +46,6 @@ def _refuse(trainer: Any, inputs: dict[str, Any]) -> None:
         raise Uncovered("use_adaptive_entropy")
     if kind == "vespo" and level == "sequence" and trainer.beta != 0.0 and args.use_bias_correction_kl:
         raise Uncovered("vespo with a KL term that is corrected by the ratio of the row")
-    if inputs["completion_ids"].size(1) == 1:
-        raise Uncovered("completions of one token: TRL's means are then over rows")
     for name in METHODS:
         if getattr(trainer, name).__module__ != _TRAINER:
             raise Uncovered(f"{name} is overridden")
@@ -120,7 +119,7 @@ def _options(trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
 
 def compute_loss(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
     """GRPOTrainer._compute_loss: the model's log-probs as TRL has them, then one kernel."""
-    _refuse(self, inputs)
+    _refuse(self)
     log_prob, entropies, aux = _forward(self, model, inputs)
     mask = inputs["completion_mask"]
     mask = mask if "tool_mask" not in inputs else mask * inputs["tool_mask"]
@@ -136,9 +135,9 @@ def compute_loss(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
     sums = found.metrics
     if mode == "seq-mean-token-mean":  # its sums are weighted by row: the metrics' are not
         sums, count = rlkern.policy_loss(old, log_prob.detach(), gated, mask, loss_agg_mode="token-sum", **options).metrics, 1
-    seen = Seen(inputs, log_prob.detach(), old.detach(), mask, sums.field("entropy_loss") * count, sums.field("kl_loss") * count)
-    whole = found.loss.detach()
-    loss = found.loss
+    totals = (sums.field("entropy_loss") * count, sums.field("kl_loss") * count, mask.sum())
+    seen = Seen(inputs, log_prob.detach(), old.detach(), mask, entropies.detach(), totals)
+    loss, whole = found.loss, found.loss.detach()
     if self._entropy_bonus_enabled:
         acting = mask if chosen is None else mask * chosen
         bonus = rlkern.masked_sum(entropies, acting) / acting.sum().clamp(min=1.0) / _steps(self)
@@ -155,7 +154,7 @@ def compute_rloo_loss(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
     log_prob, entropies, aux = _forward(self, model, inputs)
     mask, advantages = inputs["completion_mask"], inputs["advantages"]
     ratio = torch.exp(rlkern.masked_sum(log_prob, mask, 1) - inputs["old_logps"])
-    loss = -torch.min(ratio * advantages, ratio.clamp(1 - self.epsilon_low, 1 + self.epsilon_high) * advantages).mean()
+    loss: Tensor = -torch.min(ratio * advantages, ratio.clamp(1 - self.epsilon_low, 1 + self.epsilon_high) * advantages).mean()
     if aux is not None:
         loss = loss + self.router_aux_loss_coef * aux
     report_rloo(self, ratio.detach(), advantages, mask, rlkern.masked_sum(entropies.detach(), mask), aux)
@@ -212,7 +211,7 @@ class _LossSite(Site):
 
     def compare_losses(self, trainer: Any, model: Any, inputs: dict[str, Any], logps: tuple[Any, ...]) -> None:
         if self.module == _TRAINER:
-            _refuse(trainer, inputs)  # before TRL's own runs again: an adaptive coefficient would move
+            _refuse(trainer)  # before TRL's own runs again: an adaptive coefficient would move
         theirs = _loss_and_grad(self.original, trainer, model, inputs, logps)
         ours = _loss_and_grad(self.choice(), trainer, model, inputs, logps)
         inputs, logps = double(inputs), double(logps)

@@ -14,14 +14,14 @@ _BOTH = ("low", "high")
 
 
 class Seen(NamedTuple):
-    """What a step has: its inputs, detached log-probs, and the sums of the entropy and of the KL over its tokens."""
+    """What a step has: its inputs, detached log-probs and entropies; the sums of the entropy and the KL over its tokens, and these."""
 
     inputs: dict[str, Any]
     log_prob: Tensor
     old: Tensor
     mask: Tensor
-    entropy: Tensor
-    kl: Tensor
+    entropies: Tensor
+    totals: tuple[Tensor, Tensor, Tensor]
 
 
 def _ratio(trainer: Any, seen: Seen) -> Tensor:
@@ -37,6 +37,17 @@ def _by_row(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     if x.shape[1] == 1:
         return x.squeeze(1), torch.ones_like(x[:, 0])
     return rlkern.masked_sum(x, mask, -1), mask.sum(-1).float()
+
+
+def _totals(trainer: Any, seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
+    """(entropy, KL, count): over tokens; where rows have one, over all rows, masked or not, as TRL's."""
+    if seen.mask.shape[1] > 1:
+        return seen.totals
+    kl = seen.totals[1]
+    if trainer.beta != 0.0:
+        d = seen.inputs["ref_per_token_logps"] - seen.log_prob
+        kl = ((torch.exp(d) - d - 1) * (_ratio(trainer, seen) if trainer.args.use_bias_correction_kl else 1)).sum()
+    return seen.entropies.sum(), kl, torch.full_like(seen.totals[2], len(seen.mask))
 
 
 def _clipped(trainer: Any, seen: Seen, advantages: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -83,11 +94,11 @@ def extremes(shares: Tensor) -> Tensor:
 def report(trainer: Any, seen: Seen, loss: Tensor, aux: Tensor | None) -> None:
     """`loss`: without the entropy bonus, not divided by the accumulation."""
     training = trainer.model.training
-    tokens = seen.mask.sum()
     pairs, shares = _of_type(trainer, seen)
-    pairs["entropy"] = seen.entropy, tokens
+    entropy, kl, tokens = _totals(trainer, seen)
+    pairs["entropy"] = entropy, tokens
     if trainer.beta != 0.0:
-        pairs["kl"] = seen.kl, tokens
+        pairs["kl"] = kl, tokens
     if trainer._entropy_bonus_enabled:
         known = ~loss.isnan()
         pairs["policy_loss"] = torch.where(known, loss, 0.0), known

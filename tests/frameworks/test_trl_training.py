@@ -30,16 +30,16 @@ def start(tmp_path_factory):
 
 
 class Losses(TrainerCallback):
-    def __init__(self):
-        self.seen = []
+    def __init__(self, name):
+        self.seen, self.name = [], name
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if "reward" in logs:
-            self.seen.append(logs)
+        if self.name in logs:
+            self.seen.append(dict(logs))
 
 
-def train(start, tmp_path, steps, seed=0, cls=None, config=trl.GRPOConfig, **options):
-    """The logs of a run."""
+def train(start, tmp_path, steps, seed=0, cls=None, config=trl.GRPOConfig, steps_with="reward", **options):
+    """The logs of a run: of the steps that generate, or of all of them, which have a "loss"."""
     given = {
         "output_dir": str(tmp_path / "out"), "per_device_train_batch_size": 128, "num_generations": 8, "max_completion_length": 3,
         "max_steps": steps, "learning_rate": 3e-4, "lr_scheduler_type": "constant", "num_iterations": 2, "use_cpu": True, "report_to": [],
@@ -47,7 +47,7 @@ def train(start, tmp_path, steps, seed=0, cls=None, config=trl.GRPOConfig, **opt
     }  # fmt: skip
     made = config(**given | options)
     prompts = Dataset.from_list([{"prompt": f"{a}+{b}="} for a, b in tiny_lm.sums(512, seed)])
-    heard = Losses()
+    heard = Losses(steps_with)
     trainer = (cls or trl.GRPOTrainer)(
         model=str(start), reward_funcs=rewarded, args=made, train_dataset=prompts, processing_class=tiny_lm.tokenizer(), callbacks=[heard]
     )
@@ -89,57 +89,46 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_trl_options(start, tmp_path, options):
-    """Each option: value and gradients of ten steps inside the budget; switched on, TRL's logs at the first step."""
+def compared(start, tmp_path, method, **options):
+    """Value and gradients of ten steps inside the budget; switched on, TRL's logs at the first steps."""
+    options["steps_with"] = "loss"
     own = train(start, tmp_path, 10, **options)
     with integrations.patched("trl", "shadow"):
         logs = train(start, tmp_path, 10, **options)
-        worst = trl.GRPOTrainer._compute_loss.__rlkern__.worst
+        worst = method().__rlkern__.worst
         assert (worst.calls, worst.left) == (10, 0)
         assert worst.share <= 1, worst.line()
     for a, b in zip(own, logs, strict=True):
         same_logs(a, b)
     with integrations.patched("trl"):
         ours = train(start, tmp_path, 4, **options)
-        assert not trl.GRPOTrainer._compute_loss.__rlkern__.said
+        assert not method().__rlkern__.said
     for a, b in zip(own[:4], ours, strict=True):  # the second step of a batch has ratios that are not 1
         assert a.keys() == b.keys()
         for key in a:
             if "time" not in key and "speed" not in key:
-                assert b[key] == pytest.approx(a[key], rel=2e-3, abs=1e-5), key
+                assert float(b[key]) == pytest.approx(float(a[key]), rel=2e-3, abs=1e-5), key
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_trl_options(start, tmp_path, options):
+    compared(start, tmp_path, lambda: trl.GRPOTrainer._compute_loss, **options)
+
+
+def test_trl_rloo(start, tmp_path):
+    compared(start, tmp_path, lambda: trl.RLOOTrainer._compute_loss, cls=trl.RLOOTrainer, config=trl.RLOOConfig, beta=0.01)
 
 
 def test_trl_adaptive_entropy_stays(start, tmp_path):
     """Shadow mode does not move TRL's controller."""
     options = {"use_adaptive_entropy": True, "entropy_coef": 0.01, "entropy_target": 5.0, "entropy_coef_delta": 0.001}
-    own = train(start, tmp_path, 3, **options)
+    own = train(start, tmp_path, 3, steps_with="loss", **options)
     with integrations.patched("trl", "shadow"):
-        logs = train(start, tmp_path, 3, **options)
+        logs = train(start, tmp_path, 3, steps_with="loss", **options)
         worst = trl.GRPOTrainer._compute_loss.__rlkern__.worst
         assert (worst.calls, worst.left) == (0, 3)
     for a, b in zip(own, logs, strict=True):
         same_logs(a, b)
-
-
-def test_trl_rloo(start, tmp_path):
-    options = {"cls": trl.RLOOTrainer, "config": trl.RLOOConfig, "beta": 0.01}
-    own = train(start, tmp_path, 6, **options)
-    with integrations.patched("trl", "shadow"):
-        logs = train(start, tmp_path, 6, **options)
-        worst = trl.RLOOTrainer._compute_loss.__rlkern__.worst
-        assert (worst.calls, worst.left) == (6, 0)
-        assert worst.share <= 1, worst.line()
-    for a, b in zip(own, logs, strict=True):
-        same_logs(a, b)
-    with integrations.patched("trl"):
-        ours = train(start, tmp_path, 2, **options)
-        assert not trl.RLOOTrainer._compute_loss.__rlkern__.said
-    for a, b in zip(own[:2], ours, strict=True):
-        assert a.keys() == b.keys()
-        for key in a:
-            if "time" not in key and "speed" not in key:
-                assert b[key] == pytest.approx(a[key], rel=2e-3, abs=1e-5), key
 
 
 def test_trl_on(start, tmp_path):
