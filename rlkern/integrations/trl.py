@@ -86,7 +86,7 @@ def _gated(trainer: Any, inputs: dict[str, Any], log_prob: Tensor, old: Tensor, 
     if trainer.off_policy_mask_threshold is not None:
         sampling = inputs.get("sampling_per_token_logps", old)
         keep = rlkern.off_policy_mask(advantages, log_prob, sampling, mask, threshold=trainer.off_policy_mask_threshold)
-        advantages = advantages * keep
+        advantages = advantages * keep.view_as(advantages)
     if chosen is None:
         return advantages
     return (advantages.unsqueeze(1) if advantages.dim() == 1 else advantages) * chosen
