@@ -40,6 +40,8 @@ def drawn(seed):
     if draw.random() < 0.3:
         inputs["tool_mask"] = (torch.rand(B, T, generator=g) < 0.7).int()
     kind = draw.choice(list(VARIANTS))
+    if kind == "vespo":  # its weight is an exponential of their logs: moderate ones, as rows that all vanish have no digits
+        inputs["importance_sampling_ratio"] = torch.where(ratio > 0, ratio, 1.0) ** 0.1
     if draw.random() < 0.5:
         del inputs["importance_sampling_ratio"]
     options = {
