@@ -22,7 +22,9 @@ _UTILS, _LOSS, _MAKER = "openrlhf.models.utils", "openrlhf.models.loss", "openrl
 LEFT = {
     f"{_UTILS}.compute_reward": "it writes the KL at masked positions too",
     f"{_UTILS}.masked_normalize, compute_entropy, log_probs_from_logits": "no kernel yet, or not called in training",
-    f"{_LOSS}.PolicyLoss.forward (gspo, importance-sampling correction)": "no kernel yet; such calls stay with OpenRLHF",
+    f"{_UTILS}.compute_approx_kl (k1, k2 without unbiased_gradient)": "a subtraction and a clamp: torch's own is as fast",
+    f"{_LOSS}.PolicyLoss.forward (0.11.0's importance-sampling correction)": "its options have other names; such calls stay its own",
+    f"{_MAKER}: rloo, group_norm, dr_grpo, reinforce_baseline, flash_reinforce": "their group statistics are a few numbers a prompt",
 }
 _WHITENED = {"gae": "", "reinforce": "", "reinforce_baseline": "dr_grpo"}  # the same shaping of rewards, without whitening behind it
 
@@ -41,33 +43,43 @@ def masked_mean(tensor: Tensor, mask: Tensor | None, dim: int | None = None) -> 
     return rlkern.masked_sum(tensor, mask, dim) / mask.sum(dim=dim)
 
 
-def _mean_kl(log_probs: Tensor, log_probs_base: Tensor, kl_estimator: str) -> Tensor:
-    if kl_estimator != "k3":
+def _approx_kl(log_probs: Tensor, log_probs_base: Tensor, old: Tensor | None, kl_estimator: str, unbiased_gradient: bool) -> Tensor:
+    if kl_estimator not in ("k1", "k2", "k3"):
+        raise Uncovered("an estimator that OpenRLHF does not have")
+    if kl_estimator != "k3" and not unbiased_gradient:
         raise Uncovered("one subtraction, a product and a clamp: torch's own is as fast")
-    ranges: dict[str, Any] = {"log_ratio_range": (float("-inf"), 10.0), "value_range": (-10.0, 10.0)}
-    return rlkern.kl_penalty(log_probs.float(), log_probs_base.float(), "k3", **ranges)
+    weights: dict[str, Any] = {}
+    if unbiased_gradient and old is not None:
+        weights = {"old_log_prob": old.detach().float(), "weight_max": 10.0}
+    name: Any = f"{kl_estimator}+" if unbiased_gradient else kl_estimator
+    ranges: dict[str, Any] = {"log_ratio_range": (float("-inf"), 10.0) if kl_estimator == "k3" else None, "value_range": (-10.0, 10.0)}
+    return rlkern.kl_penalty(log_probs.float(), log_probs_base.float(), name, **ranges, **weights)
 
 
 def compute_approx_kl(
     log_probs: Tensor, log_probs_base: Tensor, log_probs_old: Tensor | None = None, kl_estimator: str = "k1",
     unbiased_gradient: bool = False,
 ) -> Tensor:  # fmt: skip
-    if unbiased_gradient:
-        raise Uncovered("the unbiased gradient has no kernel yet")
-    return _mean_kl(log_probs, log_probs_base, kl_estimator)
+    return _approx_kl(log_probs, log_probs_base, log_probs_old, kl_estimator, unbiased_gradient)
 
 
 def compute_approx_kl_before_0_11_2(log_probs: Tensor, log_probs_base: Tensor, kl_estimator: str = "k1") -> Tensor:
-    return _mean_kl(log_probs, log_probs_base, kl_estimator)
+    return _approx_kl(log_probs, log_probs_base, None, kl_estimator, False)
 
 
 def _exact_kl(
-    log_probs: Tensor, log_probs_base: Tensor, log_probs_old: Any = None, kl_estimator: str = "k1", *unused: Any, **more: Any
+    log_probs: Tensor, log_probs_base: Tensor, log_probs_old: Any = None, kl_estimator: str = "k1", unbiased_gradient: bool = False
 ) -> Tensor:
-    kind = log_probs_old if isinstance(log_probs_old, str) else kl_estimator
-    _mean_kl(log_probs, log_probs_base, kind)  # refuses what is not compared
-    d = (log_probs_base - log_probs).clamp(max=10)
-    return (torch.expm1(d) - d).clamp(max=10)
+    """The formula in the dtype of its arguments: OpenRLHF's own is float32's."""
+    kind, old = (log_probs_old, None) if isinstance(log_probs_old, str) else (kl_estimator, log_probs_old)
+    d = log_probs_base - log_probs
+    near = d.clamp(max=10)
+    value = (-d if kind == "k1" else 0.5 * d * d if kind == "k2" else torch.expm1(near) - near).clamp(-10, 10)
+    if not unbiased_gradient:
+        return value
+    w = 1.0 if old is None else (log_probs - old).exp().clamp(max=10).detach()
+    slope = w * 0.5 * d * d
+    return value.detach() + (slope - slope.detach())
 
 
 def aggregate_loss(
@@ -85,6 +97,21 @@ def aggregate_loss(
     return total / (counts > 0).float().sum() if global_batch_size is None else total / global_batch_size * dp_size
 
 
+def _weights(self: Any, old: Tensor, rollout: Tensor | None, mask: Tensor) -> tuple[Tensor | None, ...]:
+    """(coefficients, vllm_kl, is_filter_ratio) of the importance-sampling correction, None where it is off."""
+    level = getattr(self, "is_correction_level", "off")
+    if level == "off" or self.policy_loss_type == "gspo":
+        return None, None, None
+    if rollout is None:
+        raise Uncovered("a correction without the rollout's log-probs")
+    low, high = self.is_correction_threshold
+    found = rlkern.importance_weights(
+        old.detach(), rollout.detach(), mask, level="sequence" if level == "seq" else "token", mode=self.is_correction_mode,
+        gating=self.is_correction_gating, low=float(low), high=float(high),
+    )  # fmt: skip
+    return found.weights, found.kl, found.filtered
+
+
 def _policy_loss(results: int) -> Callable[..., Any]:
     """0.11.0 gives four results, 0.11.2 five."""
 
@@ -92,19 +119,24 @@ def _policy_loss(results: int) -> Callable[..., Any]:
         self: Any, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, action_mask: Tensor | None = None,
         rollout_log_probs: Tensor | None = None, dp_size: Any = 1, batch_num_tokens: Any = None, global_batch_size: Any = None,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        corrected = getattr(self, "is_correction_level", "off") != "off" or getattr(self, "enable_vllm_is_correction", False)
-        if self.policy_loss_type != "ppo" or corrected or action_mask is None:
-            raise Uncovered("gspo, importance-sampling correction, or no mask")
-        _plain(log_probs, old_log_probs, advantages)
+        if action_mask is None or self.policy_loss_type not in ("ppo", "gspo") or getattr(self, "enable_vllm_is_correction", False):
+            raise Uncovered("no mask, a loss of another name, or the correction of 0.11.0")
+        _plain(log_probs, old_log_probs, advantages, *([] if rollout_log_probs is None else [rollout_log_probs]))
+        weights, vllm_kl, filtered = _weights(self, old_log_probs, rollout_log_probs, action_mask)
+        base: Any = old_log_probs
+        variant: dict[str, Any] = {}
+        if self.policy_loss_type == "gspo":
+            variant = {"variant": "gspo", "sequence_grad": "row", "log_ratio_clamp": None}
+            base = old_log_probs if getattr(self, "is_correction_level", "off") == "off" else rollout_log_probs
         found = rlkern.policy_loss(
-            old_log_probs, log_probs, advantages, action_mask, cliprange_low=self.clip_eps_low, cliprange_high=self.clip_eps_high,
-            clip_ratio_c=self.dual_clip, dp_size=dp_size, batch_num_tokens=batch_num_tokens, global_batch_size=global_batch_size,
-            loss_agg_mode="token-mean" if self.token_level_loss else "seq-mean-token-mean",
+            base, log_probs, advantages, action_mask, cliprange_low=self.clip_eps_low, cliprange_high=self.clip_eps_high,
+            clip_ratio_c=self.dual_clip, rollout_is_weights=weights, dp_size=dp_size, batch_num_tokens=batch_num_tokens,
+            global_batch_size=global_batch_size, loss_agg_mode="token-mean" if self.token_level_loss else "seq-mean-token-mean", **variant,
         )  # fmt: skip
         sums = found.metrics.sums
         drift = rlkern.masked_sum(old_log_probs.detach() - log_probs.detach(), action_mask)  # not clamped, unlike the loss
         clipped, kl = (sums[2] / sums[0]).to(torch.float32), (drift / sums[0]).to(drift.dtype)
-        return (found.loss, clipped, kl, None, None)[:results]
+        return (found.loss, clipped, kl, vllm_kl, filtered)[:results]
 
     return forward
 
@@ -186,12 +218,39 @@ def _batch() -> tuple[Tensor, ...]:
     return x, y, z, mask
 
 
-def _of_class(name: str, *options: dict[str, Any]) -> Callable[[Any], list[Call]]:
-    def calls(original: Any) -> list[Call]:
-        x, y, z, mask = _batch()
-        made = [inspect.unwrap(original).__globals__[name](**o) for o in options]
-        return [((m, x, y, z, mask), more) for m in made for more in ({}, {"dp_size": 2, "batch_num_tokens": 99, "global_batch_size": 7})]
+_COUNTS = {"dp_size": 2, "batch_num_tokens": 99, "global_batch_size": 7}
 
+
+def _of_value(original: Any) -> list[Call]:
+    x, y, z, mask = _batch()
+    made = [
+        inspect.unwrap(original).__globals__["ValueLoss"](**o) for o in ({"clip_eps": 0.5}, {"clip_eps": None, "token_level_loss": False})
+    ]
+    return [((m, x, y, z, mask), more) for m in made for more in ({}, _COUNTS)]
+
+
+def _of_policy(original: Any) -> list[Call]:
+    """Both losses, and each correction where the class has one: 0.11.0 has another, which stays its own."""
+    x, y, z, mask = _batch()
+    make = inspect.unwrap(original).__globals__["PolicyLoss"]
+    options: list[dict[str, Any]] = [
+        {}, {"dual_clip": 3.0, "token_level_loss": False, "clip_eps_high": 0.3}, {"policy_loss_type": "gspo"},
+    ]  # fmt: skip
+    if "is_correction_gating" in inspect.signature(make).parameters:
+        options += [{"is_correction_level": "token", "is_correction_mode": "clip"}, {"is_correction_level": "token"}]
+        options += [{"is_correction_level": "seq"}, {"is_correction_level": "seq", "policy_loss_type": "gspo"}]
+        for level, gating in (("token", "tv"), ("seq", "tv"), ("token", "binary_kl"), ("seq", "binary_kl")):
+            options += [{"is_correction_level": level, "is_correction_gating": gating, "is_correction_threshold": (0.0, 0.1)}]
+    x, y = -x.abs(), -y.abs()
+    return [((make(**o), x, y, z, mask, 0.8 * x + 0.2 * y), more) for o in options for more in ({}, _COUNTS)]
+
+
+def _of_kl(original: Any) -> list[Call]:
+    x, y, z, _ = _batch()
+    calls: list[Call] = [((9 * x, y), {"kl_estimator": "k3"})]
+    if "unbiased_gradient" in inspect.signature(original).parameters:
+        calls += [((9 * x, y, old, kind, True), {}) for kind in ("k1", "k2", "k3") for old in (None, z)]
+        calls += [((9 * x, y, z, "k3"), {})]
     return calls
 
 
@@ -222,24 +281,21 @@ def sites() -> Iterable[Site]:
     means: list[Call] = [((x, mask), {}), ((x, mask, -1), {}), ((x, mask), {"dim": 0})]
     yield Site(_UTILS, "masked_mean", [masked_mean], lambda _: means, "_masked_sum_fwd", ("tensor",), terms=("tensor", 1.0))
     kls: list[Callable[..., Any]] = [compute_approx_kl, compute_approx_kl_before_0_11_2]
-    far: list[Call] = [((9 * x, y, None, "k3"), {}), ((9 * x, y), {"kl_estimator": "k3"})]
-    yield Site(_UTILS, "compute_approx_kl", kls, lambda _: far, "_kl_penalty_fwd", ("log_probs",), _exact_kl)
+    yield Site(_UTILS, "compute_approx_kl", kls, _of_kl, "_kl_penalty_fwd", ("log_probs",), _exact_kl)
     ways: list[Call] = [
         ((x, mask, level), more) for level in (True, False) for more in ({}, {"batch_num_tokens": 9, "global_batch_size": 3})
     ]
     yield Site(_LOSS, "aggregate_loss", [aggregate_loss], lambda _: ways, "_masked_sum_fwd", ("loss",), terms=("loss", 1.0))
-    of_policy = _of_class("PolicyLoss", {}, {"dual_clip": 3.0, "token_level_loss": False, "clip_eps_high": 0.3})
     yield Site(
         _LOSS,
         "PolicyLoss.forward",
         [_policy_loss(5), _policy_loss(4)],
-        of_policy,
+        _of_policy,
         "_policy_loss_fwd",
         ("log_probs",),
         terms=("advantages", -1.0),
     )
-    of_value = _of_class("ValueLoss", {"clip_eps": 0.5}, {"clip_eps": None, "token_level_loss": False})
-    yield Site(_LOSS, "ValueLoss.forward", [value_loss], of_value, "_value_loss_fwd", ("values",))
+    yield Site(_LOSS, "ValueLoss.forward", [value_loss], _of_value, "_value_loss_fwd", ("values",))
     scan: list[Call] = [((None, x, y, mask, 0.9, 0.8), {})]
     yield Site(
         _MAKER,

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TRL's GRPO loss and ours, 1.16.
+"""TRL's GRPO and RLOO losses and ours, 1.16.
 
-    from rlkern.integrations.trl import patch
-    patch()
+from rlkern.integrations.trl import patch; patch()
 
 or, for one trainer alone: ``class Trainer(GRPOLoss, trl.GRPOTrainer)``. Options that have no counterpart stay TRL's.
 """
@@ -10,8 +9,7 @@ or, for one trainer alone: ``class Trainer(GRPOLoss, trl.GRPOTrainer)``. Options
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable
-from types import SimpleNamespace
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,127 +17,171 @@ from torch import Tensor
 
 import rlkern
 from rlkern.integrations import hooks
-from rlkern.integrations.site import Call, Site, Uncovered, double, in_shadow, logger
+from rlkern.integrations.site import Site, Uncovered, double, in_shadow, logger
+from rlkern.integrations.trl_metrics import Seen, report, report_rloo
+from rlkern.integrations.trl_probes import CLIPPED, LOGPS, METHODS, VARIANTS, probes, probes_rloo
 
-_TRAINER = "trl.trainer.grpo_trainer"
-_LOGPS = "_get_per_token_logps_and_entropies"
+_TRAINER, _RLOO = "trl.trainer.grpo_trainer", "trl.trainer.rloo_trainer"
 LEFT = {
     f"{_TRAINER}.GRPOTrainer._generate_and_score_completions": "600 lines inline; its group statistics are a few numbers per prompt",
-    "trl.trainer.rloo_trainer.RLOOTrainer._compute_loss": "no kernel yet (a ratio per sequence)",
+    f"{_TRAINER}.GRPOTrainer._compute_loss (use_adaptive_entropy)": "a controller that keeps state from step to step",
+    f"{_TRAINER}.GRPOTrainer.get_high_entropy_mask": "a quantile over all ranks; our loss calls it",
     "trl.trainer.utils.selective_log_softmax, entropy_from_logits": "no kernel yet",
 }
-# Of the options of _compute_loss, those that rlkern computes: the attribute, and the values it may have.
-_COVERED: dict[str, tuple[Any, ...]] = {
-    "importance_sampling_level": ("token",), "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "luspo"),
-    "off_policy_mask_threshold": (None,), "top_entropy_quantile": (1.0,), "_entropy_bonus_enabled": (False,), "aux_loss_enabled": (False,),
-}  # fmt: skip
 _IMAGES = (
     "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles", "image_sizes",
     "token_type_ids", "mm_token_type_ids", "image_position_ids",
 )  # fmt: skip
 
 
-# ---- the loss ---------------------------------------------------------------------------------------------------------
+# ---- GRPO ---------------------------------------------------------------------------------------------------------------
 def _refuse(trainer: Any) -> None:
-    for name, values in _COVERED.items():
-        if getattr(trainer, name) not in values:
-            raise Uncovered(f"{name}={getattr(trainer, name)!r}")
-    if trainer.args.delta is not None:
-        raise Uncovered("delta")
-    if trainer.use_vllm and trainer.vllm_importance_sampling_correction:
-        raise Uncovered("importance sampling against vLLM")
+    """By options alone: ranks that disagree would wait for each other."""
+    kind, level, args = trainer.loss_type, trainer.importance_sampling_level, trainer.args
+    if kind not in VARIANTS or level not in ("token", "sequence"):
+        raise Uncovered(f"loss_type={kind!r}, importance_sampling_level={level!r}")
+    if kind in CLIPPED and args.delta is not None and args.delta <= 1 + trainer.epsilon_high:
+        raise Uncovered("delta is not above 1 + epsilon_high")
+    if trainer._entropy_bonus_enabled and trainer.use_adaptive_entropy:
+        raise Uncovered("use_adaptive_entropy")
+    if kind == "vespo" and level == "sequence" and trainer.beta != 0.0 and args.use_bias_correction_kl:
+        raise Uncovered("vespo with a KL term that is corrected by the ratio of the row")
+    for name in METHODS:
+        if getattr(trainer, name).__module__ != _TRAINER:
+            raise Uncovered(f"{name} is overridden")
 
 
-def _denominator(trainer: Any, inputs: dict[str, Any], mask: Tensor) -> tuple[Any, dict[str, Any]]:
+def _forward(trainer: Any, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The model's log-probs and entropies, as TRL has them, and the router loss."""
+    ids, mask = inputs["completion_ids"], inputs["completion_mask"]
+    found: tuple[Tensor, Tensor, Tensor | None] = getattr(trainer, LOGPS)(
+        model, torch.cat([inputs["prompt_ids"], ids], dim=1), torch.cat([inputs["prompt_mask"], mask], dim=1), ids.size(1),
+        compute_entropy=True, compute_aux_loss=trainer.aux_loss_enabled, **{name: inputs.get(name) for name in _IMAGES},
+    )  # fmt: skip
+    return found
+
+
+def _steps(trainer: Any) -> Any:
+    return trainer.current_gradient_accumulation_steps if trainer.model.training else 1.0
+
+
+def _denominator(trainer: Any, inputs: dict[str, Any], mask: Tensor) -> tuple[Any, Any]:
     """The mode and the count that TRL's loss types divide by."""
-    training = trainer.model.training
-    steps = trainer.current_gradient_accumulation_steps if training else 1.0
-    rows = mask.shape[0]
-    if trainer.loss_type == "grpo":
-        return "seq-mean-token-mean", {"global_batch_size": rows * steps}
+    steps, rows = _steps(trainer), mask.shape[0]
+    if trainer.loss_type in ("grpo", "sapo"):
+        return "seq-mean-token-mean", rows * steps
     if trainer.loss_type == "luspo":
-        return "seq-mean-token-sum", {"global_batch_size": rows * steps}
+        return "seq-mean-token-sum", rows * steps
     if trainer.loss_type == "bnpo":
-        return "token-mean", {"batch_num_tokens": mask.sum().clamp(min=1.0) * steps}
+        return "token-mean", mask.sum().clamp(min=1.0) * steps
     if trainer.loss_type == "dr_grpo":
-        return "token-mean", {"batch_num_tokens": rows * trainer.max_completion_length * steps}
+        return "token-mean", rows * trainer.max_completion_length * steps
     items = inputs["num_items_in_batch"].clamp(min=1.0) / trainer.accelerator.num_processes
-    return "token-mean", {"batch_num_tokens": items * steps / trainer.args.steps_per_generation if training else items}
+    return "token-mean", items * steps / trainer.args.steps_per_generation if trainer.model.training else items
 
 
-def _aggregated(x: Tensor, mask: Tensor, mode: str, counts: dict[str, Any]) -> Tensor:
-    rows = rlkern.masked_sum(x, mask, -1)
-    if mode == "seq-mean-token-mean":
-        rows = rows / mask.sum(-1).clamp(min=1.0)
-    found: Tensor = rows.sum() / counts["batch_num_tokens" if mode == "token-mean" else "global_batch_size"]
+def _gated(trainer: Any, inputs: dict[str, Any], log_prob: Tensor, old: Tensor, mask: Tensor, chosen: Tensor | None) -> Tensor:
+    """The advantages, 0 where the off-policy mask drops a row or the entropy mask a token: the loss is 0 with them, the KL is not."""
+    advantages: Tensor = inputs["advantages"]
+    if trainer.off_policy_mask_threshold is not None:
+        sampling = inputs.get("sampling_per_token_logps", old)
+        keep = rlkern.off_policy_mask(advantages, log_prob, sampling, mask, threshold=trainer.off_policy_mask_threshold)
+        advantages = advantages * keep.view_as(advantages)
+    if chosen is None:
+        return advantages
+    return (advantages.unsqueeze(1) if advantages.dim() == 1 else advantages) * chosen
+
+
+def _options(trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of policy_loss by the trainer's: the variant and its numbers, the weights, the KL term."""
+    kind, args = trainer.loss_type, trainer.args
+    found: dict[str, Any] = {"variant": VARIANTS[kind], "log_ratio_clamp": None}
+    if kind != "vespo":
+        found["importance_sampling_level"] = trainer.importance_sampling_level
+    if kind in CLIPPED:
+        found |= {"cliprange_low": trainer.epsilon_low, "cliprange_high": trainer.epsilon_high, "clip_ratio_c": None}
+        found |= {} if args.delta is None else {"delta": args.delta}
+    elif kind == "cispo":
+        found["ratio_cap"] = trainer.epsilon_high  # the cap itself, not a distance from 1
+    elif kind == "sapo":
+        found |= {"tau_pos": args.sapo_temperature_pos, "tau_neg": args.sapo_temperature_neg}
+    else:
+        found |= {name: getattr(args, name) for name in ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")}
+    if kind == "vespo":
+        found["rollout_is_weights"] = inputs.get("importance_sampling_ratio")
+    elif trainer.use_vllm and trainer.vllm_importance_sampling_correction:
+        found["rollout_is_weights"] = inputs["importance_sampling_ratio"]
+    if trainer.beta != 0.0:
+        found |= {"ref_log_prob": inputs["ref_per_token_logps"], "kl_coef": trainer.beta, "kl_penalty": "k3", "kl_log_ratio_range": None,
+                  "kl_value_range": None, "use_bias_correction_kl": bool(args.use_bias_correction_kl)}  # fmt: skip
     return found
 
 
 def compute_loss(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
     """GRPOTrainer._compute_loss: the model's log-probs as TRL has them, then one kernel."""
     _refuse(self)
-    ids, completion_mask = inputs["completion_ids"], inputs["completion_mask"]
-    mask = completion_mask if "tool_mask" not in inputs else completion_mask * inputs["tool_mask"]
-    log_prob, entropies, _aux = getattr(self, _LOGPS)(
-        model, torch.cat([inputs["prompt_ids"], ids], dim=1), torch.cat([inputs["prompt_mask"], completion_mask], dim=1), ids.size(1),
-        compute_entropy=True, compute_aux_loss=False, **{name: inputs.get(name) for name in _IMAGES},
-    )  # fmt: skip
+    log_prob, entropies, aux = _forward(self, model, inputs)
+    mask = inputs["completion_mask"]
+    mask = mask if "tool_mask" not in inputs else mask * inputs["tool_mask"]
     old = inputs.get("old_per_token_logps")
     old = log_prob.detach() if old is None else old
-    mode, counts = _denominator(self, inputs, mask)
-    found = rlkern.policy_loss(
-        old, log_prob, inputs["advantages"], mask, cliprange_low=self.epsilon_low, cliprange_high=self.epsilon_high,
-        clip_ratio_c=None, log_ratio_clamp=None, loss_agg_mode=mode, **counts,
-    )  # fmt: skip
-    loss, kl = found.loss, None
-    if self.beta != 0.0:
-        kl = rlkern.kl_penalty(log_prob, inputs["ref_per_token_logps"], "k3", log_ratio_range=None, value_range=None)
-        if self.args.use_bias_correction_kl:
-            kl = kl * torch.exp(log_prob - old)
-        loss = loss + self.beta * _aggregated(kl, mask, mode, counts)
-    _report(self, log_prob.detach(), old.detach(), inputs["advantages"], mask, entropies.detach(), kl)
+    chosen = None
+    if self.top_entropy_quantile < 1.0:
+        chosen = self.get_high_entropy_mask(entropies, mask, 1 - self.top_entropy_quantile)
+    mode, count = _denominator(self, inputs, mask)
+    gated, options = _gated(self, inputs, log_prob, old, mask, chosen), _options(self, inputs) | {"entropy": entropies.detach()}
+    by = {"batch_num_tokens" if mode == "token-mean" else "global_batch_size": count}
+    found = rlkern.policy_loss(old, log_prob, gated, mask, loss_agg_mode=mode, **by, **options)
+    sums = found.metrics
+    if mode == "seq-mean-token-mean":  # its sums are weighted by row: the metrics' are not
+        sums, count = rlkern.policy_loss(old, log_prob.detach(), gated, mask, loss_agg_mode="token-sum", **options).metrics, 1
+    totals = (sums.field("entropy_loss") * count, sums.field("kl_loss") * count, mask.sum())
+    seen = Seen(inputs, log_prob.detach(), old.detach(), mask, entropies.detach(), totals)
+    loss, whole = found.loss, found.loss.detach()
+    if self._entropy_bonus_enabled:
+        acting = mask if chosen is None else mask * chosen
+        bonus = rlkern.masked_sum(entropies, acting) / acting.sum().clamp(min=1.0) / _steps(self)
+        loss = loss - self.entropy_coef * bonus
+    if aux is not None:
+        loss = loss + self.router_aux_loss_coef * aux / _steps(self)
+    report(self, seen, whole if self.loss_type in ("cispo", "dapo", "vespo") else whole * _steps(self), aux)
     return loss
 
 
-def _report(trainer: Any, log_prob: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, entropies: Tensor, kl: Tensor | None) -> None:
-    """TRL's metrics: one reduction and one gathering over the ranks, one transfer to the host."""
-    advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
-    ratio = torch.exp(log_prob - old)
-    low = ((ratio < 1 - trainer.epsilon_low) & (advantages < 0)).float()
-    high = ((ratio > 1 + trainer.epsilon_high) & (advantages > 0)).float()
-    by_row = torch.stack([rlkern.masked_sum(low, mask, -1), rlkern.masked_sum(high, mask, -1)])
-    counts = mask.sum(-1).float()
-    sums = [*by_row.sum(1), rlkern.masked_sum(entropies, mask), *([] if kl is None else [rlkern.masked_sum(kl.detach(), mask)])]
-    totals = trainer.accelerator.reduce(torch.stack([counts.sum(), *(x.float() for x in sums)]), reduction="sum")
-    means = totals[1:] / totals[0].clamp(min=1.0)
-    shares = trainer.accelerator.gather((by_row / counts).t().contiguous())
-    least = torch.where(shares[:, 0].isnan(), torch.inf, shares[:, 0]).amin()
-    most = torch.where(shares[:, 1].isnan(), -torch.inf, shares[:, 1]).amax()
-    least, most = (torch.where(x.isinf(), torch.nan, x) for x in (least, most))  # no row with a token
-    values = torch.cat([means, torch.stack([least, most])]).tolist()
-    lows, highs, entropy, *kls = values[:-2]
-    metrics = trainer._metrics["train" if trainer.model.training else "eval"]
-    if kls:
-        metrics["kl"].append(kls[0])
-    metrics["entropy"].append(entropy)
-    for name, value in (
-        ("low_mean", lows), ("high_mean", highs), ("region_mean", lows + highs), ("low_min", values[-2]), ("high_max", values[-1])
-    ):  # fmt: skip
-        metrics[f"clip_ratio/{name}"].append(value)
+# ---- RLOO ---------------------------------------------------------------------------------------------------------------
+def compute_rloo_loss(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
+    """RLOOTrainer._compute_loss: what is a number per row stays torch's, what is one per token is a kernel's."""
+    log_prob, entropies, aux = _forward(self, model, inputs)
+    mask, advantages = inputs["completion_mask"], inputs["advantages"]
+    ratio = torch.exp(rlkern.masked_sum(log_prob, mask, 1) - inputs["old_logps"])
+    loss: Tensor = -torch.min(ratio * advantages, ratio.clamp(1 - self.epsilon_low, 1 + self.epsilon_high) * advantages).mean()
+    if aux is not None:
+        loss = loss + self.router_aux_loss_coef * aux
+    report_rloo(self, ratio.detach(), advantages, mask, rlkern.masked_sum(entropies.detach(), mask), aux)
+    return loss
 
 
+# ---- one trainer alone --------------------------------------------------------------------------------------------------
 class GRPOLoss:
     """A mixin: ``class Trainer(GRPOLoss, GRPOTrainer)`` has our loss, and TRL's for options that are not covered."""
 
+    _rlkern_loss: Callable[..., Tensor] = staticmethod(compute_loss)
+
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         try:
-            return compute_loss(self, model, inputs)
-        except Uncovered as reason:
+            return self._rlkern_loss(self, model, inputs)
+        except (Uncovered, ValueError, TypeError, AttributeError) as reason:
             if not getattr(self, "_rlkern_said", False):
                 self._rlkern_said = True
                 logger.warning("rlkern: the loss is TRL's own: %s", reason)
         found: Tensor = super()._compute_loss(model, inputs)  # type: ignore[misc]
         return found
+
+
+class RLOOLoss(GRPOLoss):
+    """The same for RLOOTrainer."""
+
+    _rlkern_loss = staticmethod(compute_rloo_loss)
 
 
 # ---- shadow mode --------------------------------------------------------------------------------------------------------
@@ -148,18 +190,18 @@ class _LossSite(Site):
 
     def shadow(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         trainer, kept = args[0], []
-        own = getattr(trainer, _LOGPS)
+        own = getattr(trainer, LOGPS)
 
         def noted(*a: Any, **k: Any) -> Any:
             kept.append(own(*a, **k))
             return kept[-1]
 
         with in_shadow():
-            vars(trainer)[_LOGPS] = noted
+            vars(trainer)[LOGPS] = noted
             try:
                 found = self.original(*args, **kwargs)
             finally:
-                del vars(trainer)[_LOGPS]
+                del vars(trainer)[LOGPS]
             try:
                 model, inputs = (*args[1:], *kwargs.values())
                 self.compare_losses(trainer, model, dict(inputs), kept[-1])
@@ -168,59 +210,38 @@ class _LossSite(Site):
         return found
 
     def compare_losses(self, trainer: Any, model: Any, inputs: dict[str, Any], logps: tuple[Any, ...]) -> None:
+        if self.module == _TRAINER:
+            _refuse(trainer)  # before TRL's own runs again: an adaptive coefficient would move
         theirs = _loss_and_grad(self.original, trainer, model, inputs, logps)
         ours = _loss_and_grad(self.choice(), trainer, model, inputs, logps)
         inputs, logps = double(inputs), double(logps)
         exact = _loss_and_grad(self.original, trainer, model, inputs, logps)
-        sizes = _loss_and_grad(self.original, trainer, model, inputs | {"advantages": -inputs["advantages"].abs()}, logps)
-        self.compare(ours, theirs, exact, sizes)
+        size = inputs["advantages"].abs()
+        one, other = (_loss_and_grad(self.original, trainer, model, inputs | {"advantages": a}, logps) for a in (size, -size))
+        self.compare(ours, theirs, exact, {k: torch.maximum(one[k].abs(), other[k].abs()) for k in one})
 
 
 def _loss_and_grad(function: Any, trainer: Any, model: Any, inputs: dict[str, Any], logps: tuple[Any, ...]) -> dict[str, Tensor]:
-    """Of given log-probs; the trainer's metrics stay as they are."""
-    leaf = logps[0].detach().requires_grad_()
+    """Of given log-probs and entropies; the trainer's metrics stay as they are."""
+    given = [x.detach().requires_grad_() for x in logps[:2]]
+    aux = None if logps[2] is None else logps[2].detach()
     metrics, trainer._metrics = trainer._metrics, collections.defaultdict(lambda: collections.defaultdict(list))
-    vars(trainer)[_LOGPS] = lambda *a, **k: (leaf, logps[1].detach(), logps[2])
+    vars(trainer)[LOGPS] = lambda *a, **k: (*given, aux)
     try:
         with torch.enable_grad():
             loss = function(trainer, model, inputs)
-            grad = torch.autograd.grad(loss, leaf)[0] if loss.requires_grad else torch.zeros_like(leaf)
+            grads = torch.autograd.grad(loss, given, allow_unused=True, materialize_grads=True)
     finally:
         trainer._metrics = metrics
-        del vars(trainer)[_LOGPS]
-    return {"loss": loss.detach(), "gradient of the log-probs": grad}
+        del vars(trainer)[LOGPS]
+    return {"loss": loss.detach(), "gradient of the log-probs": grads[0], "gradient of the entropies": grads[1]}
 
 
-# ---- the probe ----------------------------------------------------------------------------------------------------------
-def _probes(original: Any) -> list[Call]:
-    """Each loss type on four rows, one of them masked whole, with what the method reads of its trainer."""
-    g = torch.Generator().manual_seed(0)
-    lp, old, ref = torch.randn(3, 4, 7, generator=g).mul(0.3).sub(1).unbind(0)
-    mask = (torch.rand(4, 7, generator=g) < 0.7).long()
-    mask[1] = 0
-    inputs = {
-        "prompt_ids": torch.ones(4, 2, dtype=torch.long), "prompt_mask": torch.ones(4, 2, dtype=torch.long), "completion_mask": mask,
-        "completion_ids": torch.ones(4, 7, dtype=torch.long), "advantages": torch.tensor([1.0, 2.0, -1.0, 0.5]), "old_per_token_logps": old,
-        "ref_per_token_logps": ref, "num_items_in_batch": torch.tensor(31),
-    }  # fmt: skip
-    calls: list[Call] = []
-    for i, kind in enumerate(_COVERED["loss_type"]):
-        trainer = SimpleNamespace(
-            **{name: values[0] for name, values in _COVERED.items()} | {"loss_type": kind}, epsilon_low=0.2, epsilon_high=0.3,
-            beta=0.1 * (i % 2), use_vllm=False, vllm_importance_sampling_correction=False, max_completion_length=16,
-            current_gradient_accumulation_steps=2, model=SimpleNamespace(training=True),
-            accelerator=SimpleNamespace(num_processes=1, reduce=lambda x, reduction: x, gather=lambda x: x),
-            args=SimpleNamespace(delta=None, use_bias_correction_kl=i > 2, steps_per_generation=4),
-            _metrics=collections.defaultdict(lambda: collections.defaultdict(list)),
-        )  # fmt: skip
-        setattr(trainer, _LOGPS, lambda *a, **k: (lp, old.abs(), None))
-        calls.append(((trainer, None, inputs), {}))
-    return calls
-
-
+# ---- sites ------------------------------------------------------------------------------------------------------------
 def sites() -> Iterable[Site]:
     """Every method that has a counterpart."""
-    yield _LossSite(_TRAINER, "GRPOTrainer._compute_loss", [compute_loss], _probes, "_policy_loss_fwd")
+    yield _LossSite(_TRAINER, "GRPOTrainer._compute_loss", [compute_loss], probes, "_policy_loss_fwd")
+    yield _LossSite(_RLOO, "RLOOTrainer._compute_loss", [compute_rloo_loss], probes_rloo, "_masked_sum_fwd")
 
 
 def patch(mode: str = "on") -> None:

@@ -319,17 +319,24 @@ def openrlhf_cases(openrlhf):
         return d
 
     def policy(d):
+        level, gating = d.choice(["off", "off", "token", "seq"]), d.choice(["ratio", "ratio", "tv"])
         made = loss.PolicyLoss(
-            d.number(0.05, 0.5), d.number(0.05, 0.5), dual_clip=d.choice([None, 3.0]), token_level_loss=d.choice([True, False])
-        )
+            d.number(0.05, 0.5), d.number(0.05, 0.5), dual_clip=d.choice([None, 3.0]), token_level_loss=d.choice([True, False]),
+            policy_loss_type=d.choice(["ppo", "ppo", "gspo"]), is_correction_level=level, is_correction_gating=gating,
+            is_correction_mode=d.choice(["clip", "mask"]) if (level, gating) == ("token", "ratio") else "mask",
+            is_correction_threshold=(d.number(0.3, 0.9), d.number(1.1, 3.0)) if gating == "ratio" else (0.0, d.number(0.001, 0.5)),
+        )  # fmt: skip
         old, new = log_probs(d)
+        rollout = old + d.tensor(d.choice([1e-3, 0.1, 0.3])).clamp(-20, 20)
+        if made.policy_loss_type == "gspo":  # its ratio is not clamped, and overflows sooner in float32
+            new = old + (new - old).clamp(-20, 20)
         return (
             made,
             new,
             old,
             d.tensor(),
             d.mask((torch.int64, torch.bool)),
-            None,
+            rollout,
             *d.choice([(), (2, torch.tensor(77.0), torch.tensor(9.0))]),
         )
 
@@ -344,7 +351,9 @@ def openrlhf_cases(openrlhf):
         return d.tensor(), d.mask((torch.int64,)), d.choice([True, False]), *d.choice([(), (2, torch.tensor(77.0), torch.tensor(9.0))])
 
     def kl(d):
-        return *log_probs(d), None, "k3"
+        old, new = log_probs(d)
+        behind = d.choice([None, (new + d.tensor(d.choice([0.1, 1.0]))).to(new.dtype)])
+        return new, old, behind, d.choice(["k1", "k2", "k3", "k3"]), d.choice([False, True])
 
     cases = {
         "masked_mean": mean, "aggregate_loss": aggregate, "compute_approx_kl": kl, "PolicyLoss.forward": policy, "ValueLoss.forward": value,

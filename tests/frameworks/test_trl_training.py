@@ -30,29 +30,34 @@ def start(tmp_path_factory):
 
 
 class Losses(TrainerCallback):
-    def __init__(self):
-        self.seen = []
+    def __init__(self, name):
+        self.seen, self.name = [], name
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if "reward" in logs:
-            self.seen.append(logs)
+        if self.name in logs:
+            self.seen.append(dict(logs))
 
 
-def train(start, tmp_path, steps, seed=0, cls=None, **options):
-    """The logs of a run."""
+def train(start, tmp_path, steps, seed=0, cls=None, config=trl.GRPOConfig, steps_with="reward", **options):
+    """The logs of a run: of the steps that generate, or of all of them, which have a "loss"."""
     given = {
         "output_dir": str(tmp_path / "out"), "per_device_train_batch_size": 128, "num_generations": 8, "max_completion_length": 3,
         "max_steps": steps, "learning_rate": 3e-4, "lr_scheduler_type": "constant", "num_iterations": 2, "use_cpu": True, "report_to": [],
         "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "bf16": False, "seed": seed,
     }  # fmt: skip
-    made = trl.GRPOConfig(**given | options)
+    made = config(**given | options)
     prompts = Dataset.from_list([{"prompt": f"{a}+{b}="} for a, b in tiny_lm.sums(512, seed)])
-    heard = Losses()
+    heard = Losses(steps_with)
     trainer = (cls or trl.GRPOTrainer)(
         model=str(start), reward_funcs=rewarded, args=made, train_dataset=prompts, processing_class=tiny_lm.tokenizer(), callbacks=[heard]
     )
     trainer.train()
     return heard.seen
+
+
+def same_logs(a, b):
+    own, other = ({k: v for k, v in x.items() if "time" not in k and "speed" not in k} for x in (a, b))
+    assert own == other
 
 
 @pytest.mark.parametrize("kind", ["dapo", "grpo", "bnpo", "dr_grpo"])
@@ -66,9 +71,64 @@ def test_trl_shadow(start, tmp_path, kind):
         assert worst.left == 0
         assert worst.share <= 1, worst.line()
     for a, b in zip(own, logs, strict=False):
-        assert {k: v for k, v in a.items() if "time" not in k and "speed" not in k} == {
-            k: v for k, v in b.items() if "time" not in k and "speed" not in k
-        }
+        same_logs(a, b)
+
+
+OPTIONS = {
+    "gspo": {"importance_sampling_level": "sequence", "epsilon": 0.01, "beta": 0.01, "use_bias_correction_kl": True},
+    "bias correction": {"loss_type": "dapo", "beta": 0.01, "use_bias_correction_kl": True},
+    "cispo": {"loss_type": "cispo", "epsilon_high": 1.05, "beta": 0.01},
+    "cispo of rows": {"loss_type": "cispo", "epsilon_high": 1.05, "importance_sampling_level": "sequence"},
+    "sapo": {"loss_type": "sapo"},
+    "sapo of rows": {"loss_type": "sapo", "importance_sampling_level": "sequence"},
+    "vespo": {"loss_type": "vespo", "beta": 0.01, "off_policy_mask_threshold": 0.01},
+    "luspo of rows": {"loss_type": "luspo", "importance_sampling_level": "sequence"},
+    "delta": {"delta": 1.3},
+    "off-policy mask": {"off_policy_mask_threshold": 0.01, "beta": 0.01},
+    "high entropy": {"top_entropy_quantile": 0.5, "entropy_coef": 0.01},
+}
+
+
+def compared(start, tmp_path, method, **options):
+    """Value and gradients of ten steps inside the budget; switched on, TRL's logs at the first steps."""
+    options["steps_with"] = "loss"
+    own = train(start, tmp_path, 10, **options)
+    with integrations.patched("trl", "shadow"):
+        logs = train(start, tmp_path, 10, **options)
+        worst = method().__rlkern__.worst
+        assert (worst.calls, worst.left) == (10, 0)
+        assert worst.share <= 1, worst.line()
+    for a, b in zip(own, logs, strict=True):
+        same_logs(a, b)
+    with integrations.patched("trl"):
+        ours = train(start, tmp_path, 4, **options)
+        assert not method().__rlkern__.said
+    for a, b in zip(own[:4], ours, strict=True):  # the second step of a batch has ratios that are not 1
+        assert a.keys() == b.keys()
+        for key in a:
+            if "time" not in key and "speed" not in key:
+                assert float(b[key]) == pytest.approx(float(a[key]), rel=2e-3, abs=1e-5), key
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_trl_options(start, tmp_path, options):
+    compared(start, tmp_path, lambda: trl.GRPOTrainer._compute_loss, **options)
+
+
+def test_trl_rloo(start, tmp_path):
+    compared(start, tmp_path, lambda: trl.RLOOTrainer._compute_loss, cls=trl.RLOOTrainer, config=trl.RLOOConfig, beta=0.01)
+
+
+def test_trl_adaptive_entropy_stays(start, tmp_path):
+    """Shadow mode does not move TRL's controller."""
+    options = {"use_adaptive_entropy": True, "entropy_coef": 0.01, "entropy_target": 5.0, "entropy_coef_delta": 0.001}
+    own = train(start, tmp_path, 3, steps_with="loss", **options)
+    with integrations.patched("trl", "shadow"):
+        logs = train(start, tmp_path, 3, steps_with="loss", **options)
+        worst = trl.GRPOTrainer._compute_loss.__rlkern__.worst
+        assert (worst.calls, worst.left) == (0, 3)
+    for a, b in zip(own, logs, strict=True):
+        same_logs(a, b)
 
 
 def test_trl_on(start, tmp_path):
@@ -95,10 +155,10 @@ def test_trl_mixin_and_uncovered_options(start, tmp_path, caplog):
     ours = train(start, tmp_path, 1, cls=Trainer)[0]
     assert ours["loss"] == pytest.approx(own["loss"], rel=1e-4, abs=1e-6)
     assert not caplog.records or not any("TRL's own" in r.message for r in caplog.records)
-    train(start, tmp_path, 2, cls=Trainer, loss_type="cispo", epsilon_high=5.0)
+    train(start, tmp_path, 2, cls=Trainer, use_adaptive_entropy=True, entropy_coef=0.01, entropy_target=5.0)
     said = [r for r in caplog.records if "TRL's own" in r.message]
     assert len(said) == 1
-    assert "cispo" in said[0].message
+    assert "use_adaptive_entropy" in said[0].message
 
 
 def test_trl_gradients_agree(start, tmp_path):
