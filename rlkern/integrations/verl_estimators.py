@@ -151,23 +151,31 @@ def gdpo(
     return tuple(advantages.gdpo(token_level_rewards, response_mask, index, epsilon, norm_adv_by_std_in_grpo, **parts))
 
 
-def _exact_gdpo(
+def _summed(
     token_level_rewards: Tensor, response_mask: Tensor, index: Any, epsilon: float = 1e-6, norm_adv_by_std_in_grpo: bool = True,
     config: Any = None, non_tensor_batch: Any = None, batch: Any = None, **unused: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """In float64, in which verl does not keep components."""
+) -> Tensor:  # fmt: skip
+    """What GDPO whitens, in float64, in which verl does not keep components."""
     scores, weights = [token_level_rewards.sum(-1)], [1.0]
     if config is not None and non_tensor_batch is not None and batch is not None:
         keys = config.get("gdpo_reward_keys", None)
         scores = [torch.from_numpy(np.asarray(non_tensor_batch[key], dtype=np.float32)).double() for key in keys]
         weights = config.get("gdpo_reward_weights", None) or [1.0] * len(keys)
-    found = 0.0
+    found = torch.zeros_like(token_level_rewards)
     for w, s in zip(weights, scores, strict=True):
-        found = found + float(np.float32(w)) * core().compute_grpo_outcome_advantage(
-            s[:, None], torch.ones_like(s)[:, None], index, epsilon, norm_adv_by_std_in_grpo
-        )[0]  # fmt: skip
-    spread = found * torch.ones_like(token_level_rewards)  # type: ignore[operator]
-    return (core().verl_F.masked_whiten(spread, response_mask) * response_mask,) * 2
+        given = (s[:, None], torch.ones_like(s)[:, None], index, epsilon, norm_adv_by_std_in_grpo)
+        found = found + float(np.float32(w)) * core().compute_grpo_outcome_advantage(*given)[0]
+    return found
+
+
+def _exact_gdpo(token_level_rewards: Tensor, response_mask: Tensor, *rest: Any, **more: Any) -> tuple[Tensor, ...]:
+    summed = _summed(token_level_rewards, response_mask, *rest, **more)
+    return (core().verl_F.masked_whiten(summed, response_mask) * response_mask,) * 2
+
+
+def _gdpo_scale(token_level_rewards: Tensor, response_mask: Tensor, *rest: Any, **more: Any) -> tuple[Tensor, ...]:
+    summed = _summed(token_level_rewards, response_mask, *rest, **more)
+    return (whitened_scale(summed, summed.abs(), response_mask),) * 2
 
 
 # ---- optimal token baselines --------------------------------------------------------------------------------------------
@@ -230,7 +238,7 @@ def sites() -> Iterable[Site]:
         exact = _exact_grpo if name == "grpo_vectorized" else None
         yield Site(CORE, f"compute_{name}_outcome_advantage", [ours], of_estimator, "_group_advantage_fwd", exact=exact)
     yield Site(CORE, "compute_grpo_passk_outcome_advantage", [grpo_passk], _of_pairs, "_group_advantage_fwd")
-    yield Site(CORE, "compute_gdpo_outcome_advantage", [gdpo], _of_components, "_group_advantage_fwd", exact=_exact_gdpo)
+    yield Site(CORE, "compute_gdpo_outcome_advantage", [gdpo], _of_components, "_group_advantage_fwd", exact=_exact_gdpo, scale=_gdpo_scale)
     two = [reinforce_plus_plus, reinforce_plus_plus_reset]
     yield Site(CORE, "compute_reinforce_plus_plus_outcome_advantage", two, of_returns, "_discounted_returns_fwd", scale=_returns_scale)
     yield Site(CORE, "compute_remax_outcome_advantage", [remax], of_returns, "_discounted_returns_fwd")

@@ -148,14 +148,25 @@ def _reinforce(by_rows: bool) -> Callable[..., Any]:
 
 
 # ---- the size of what a loss adds up ----------------------------------------------------------------------------------
+def _metrics_size(log_prob: Tensor, response_mask: Tensor, old: Tensor) -> Tensor:
+    """The mean of |log_prob - old_log_prob|, or the 1 of a share."""
+    valid = response_mask != 0
+    return torch.where(valid, (log_prob - old).abs(), 0.0).sum() / valid.sum().clamp(min=1)
+
+
+def _only_metrics(log_prob: Tensor, response_mask: Tensor, old_log_prob: Tensor, **more: Any) -> tuple[Any, Tensor]:
+    return None, _metrics_size(log_prob, response_mask, old_log_prob)
+
+
 def _size_of(name: str) -> Callable[..., Any]:
     """The loss if each of its terms were positive."""
 
     def size(
         log_prob: Tensor, advantages: Tensor, response_mask: Tensor, loss_agg_mode: str = "token-mean", config: Any = None,
         rollout_is_weights: Tensor | None = None, **logs: Tensor,
-    ) -> tuple[Tensor]:  # fmt: skip
-        x = log_prob - next(iter(logs.values()))
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        (old,) = logs.values()
+        x = log_prob - old
         r, each = x.clamp(-20, 20).exp(), (advantages * log_prob).abs()
         if name == "cispo":
             each = each * r.clamp(1 - config.clip_ratio_low, 1 + config.clip_ratio_high)
@@ -170,7 +181,8 @@ def _size_of(name: str) -> Callable[..., Any]:
             each = advantages.abs() * 4 / tau
             loss_agg_mode = _SEQ
         each = each if rollout_is_weights is None else each * rollout_is_weights.abs()
-        return (core().agg_loss(each, response_mask, loss_agg_mode, **config.global_batch_info),)
+        loss = core().agg_loss(each, response_mask, loss_agg_mode, **config.global_batch_info)
+        return loss, _metrics_size(log_prob, response_mask, old)
 
     return size
 
@@ -179,14 +191,14 @@ def _size_of(name: str) -> Callable[..., Any]:
 def sites() -> Iterable[Site]:
     name, op = "compute_policy_loss_", "_policy_variant_fwd"
     both: list[Callable[..., Any]] = [_vanilla(True), _vanilla(False)]
-    yield Site(CORE, f"{name}vanilla", both, of_loss, "_policy_loss_fwd", ("log_prob",), terms=("advantages", -1.0))
+    yield Site(CORE, f"{name}vanilla", both, of_loss, "_policy_loss_fwd", ("log_prob",), terms=("advantages", -1.0), scale=_only_metrics)
     grads = ("log_prob",)
     forms = [_loss(GSPO, True), _loss(GSPO._replace(fixed=True), True)]
-    yield Site(CORE, f"{name}gspo", forms, of_variant(_SEQ), op, grads, terms=("advantages", -1.0))
+    yield Site(CORE, f"{name}gspo", forms, of_variant(_SEQ), op, grads, terms=("advantages", -1.0), scale=_only_metrics)
     for of, form in FORMS.items():
         both = [_loss(form, True), _loss(form, False)]
         signed = ("advantages", -1.0) if of in ("clip_cov", "geo_mean") else None
-        size = None if signed else _size_of(of)
+        size = _only_metrics if signed else _size_of(of)
         yield Site(CORE, f"{name}{of}", both, of_variant(form.mode), op, grads, terms=signed, scale=size, dice=of == "clip_cov")
     both = [_reinforce(True), _reinforce(False)]
     yield Site(CORE, f"{name}reinforce", both, of_variant(REINFORCE.mode), op, grads, scale=_size_of("reinforce"))

@@ -12,7 +12,7 @@ import torch
 import verl.trainer.ppo.core_algos as core_algos
 from verl import DataProto
 from verl.trainer.config import AlgoConfig
-from verl.trainer.ppo import ray_trainer
+from verl.trainer.ppo import ray_trainer, rollout_corr_helper
 from verl.utils import torch_functional
 from verl.workers.config import ActorConfig
 
@@ -21,15 +21,24 @@ from rlkern.bench import machine
 from rlkern.testing import ragged_mask
 
 torch.set_num_threads(1)
+VARIANTS = ("gspo", "sapo", "cispo", "geo_mean", "clip_cov", "kl_cov", "dppo_kl", "bypass_mode")
 
 
 def batch(rows, tokens):
     g = torch.Generator().manual_seed(0)
     x = {n: torch.randn(rows, tokens, generator=g) for n in ("rewards", "values", "old", "ref", "advantages", "entropy")}
     x["new"], x["mask"] = x["old"] + 0.1 * x["ref"], ragged_mask(rows, tokens)
+    x["logs"] = -x["old"].abs()
+    x["rollout"] = (x["logs"] + 0.05 * x["ref"]).clamp(max=0)
+    x["squares"] = x["values"].square()
     x["uid"] = [f"prompt-{i // 8:05d}-with-a-label-as-long-as-a-uuid" for i in range(rows)]
     x["bool"] = x["mask"].bool()
     x["config"] = ActorConfig(strategy="fsdp", rollout_n=8, ppo_micro_batch_size_per_gpu=8)
+    x["config"].policy_loss.__dict__["rollout_correction"] = {
+        "rollout_is": "token",
+        "rollout_rs": "token_k3",
+        "rollout_rs_threshold": "0.1",
+    }
     x["config"].global_batch_info.update(dp_size=1, batch_num_tokens=int(x["mask"].sum()), global_batch_size=rows)
     return x
 
@@ -74,11 +83,34 @@ def value(x):
     core_algos.compute_value_loss(new, x["rewards"], x["old"], x["bool"], 0.5)[0].backward()
 
 
+def variant(name):
+    def call(x):
+        new = x["logs"].detach().requires_grad_()
+        core_algos.get_policy_loss_fn(name)(
+            old_log_prob=x["rollout"], log_prob=new, advantages=x["advantages"], response_mask=x["bool"], config=x["config"]
+        )[0].backward()
+
+    return call
+
+
+def correction(x):
+    rollout_corr_helper.compute_rollout_correction_and_rejection_mask(
+        x["logs"], x["rollout"], x["mask"], rollout_is="token", rollout_rs="seq_mean_k3", rollout_rs_threshold="0.1"
+    )
+
+
+def token_baseline(x):
+    core_algos.compute_optimal_token_baseline_advantage(x["rewards"], x["mask"], x["uid"], x["logs"], x["squares"])
+
+
 CASES = {
     "compute_advantage gae": (advantage("gae"), (1024, 8192), 50),
     "compute_advantage reinforce_plus_plus": (advantage("reinforce_plus_plus"), (1024, 8192), 30),
     "compute_advantage grpo": (advantage("grpo"), (1024, 8192), None),
+    "rollout correction": (correction, (1024, 8192), None),
+    "optimal token baseline": (token_baseline, (1024, 8192), None),
     "policy loss, forward and backward": (vanilla, (8, 8192), None),
+    **{f"policy loss {name}, forward and backward": (variant(name), (8, 8192), None) for name in VARIANTS},
     "losses of a micro-batch, forward and backward": (loss_step, (8, 8192), 15),
 }
 SMALL = {
@@ -89,6 +121,9 @@ SMALL = {
     "policy loss, forward and backward": vanilla,
     "losses of a micro-batch, forward and backward": loss_step,
     "value loss, forward and backward": value,
+    "rollout correction": correction,
+    "optimal token baseline": token_baseline,
+    **{f"policy loss {name}, forward and backward": variant(name) for name in VARIANTS},
     "masked_mean": lambda x: torch_functional.masked_mean(x["values"], x["mask"]),
     "masked_mean by row": lambda x: torch_functional.masked_mean(x["values"], x["mask"], -1),
     "masked_sum": lambda x: torch_functional.masked_sum(x["values"], x["mask"]),

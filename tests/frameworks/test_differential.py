@@ -4,6 +4,7 @@ same with faults put into ours, which must show."""
 
 import copy
 import os
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -263,7 +264,7 @@ def agree(site, args):
     site.worst = Worst()
     same_keys(site, args)
     try:
-        with in_shadow():  # what the original calls is verl's own
+        with in_shadow() if site.target.startswith("verl") else nullcontext():  # what verl's function calls is verl's own
             site.judge(args, {})
     except integrations.site.Uncovered:
         return

@@ -12,6 +12,8 @@ core_algos = pytest.importorskip("verl.trainer.ppo.core_algos")
 from verl import DataProto  # noqa: E402
 from verl.trainer.config import AlgoConfig  # noqa: E402
 from verl.trainer.ppo import ray_trainer  # noqa: E402
+from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_add_to_batch  # noqa: E402
+from verl.utils.debug.metrics import calculate_debug_metrics  # noqa: E402
 from verl.workers.config import ActorConfig  # noqa: E402
 
 MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
@@ -35,8 +37,11 @@ def proto(holes, dtype):
         "attention_mask": mask, "prompts": torch.zeros(len(mask), 0, dtype=torch.long), "responses": torch.zeros_like(mask),
         "values": x.values, "old_log_probs": x.old_log_prob, "ref_log_prob": x.ref_log_prob,
         "sum_pi_squared": (2 * x.old_log_prob).exp(), "reward_baselines": x.reward_baselines,
+        "rollout_log_probs": x.rollout_log_prob,
     }  # fmt: skip
-    return DataProto.from_dict(tensors=tensors, non_tensors={"uid": np.asarray(x.uid, dtype=object)})
+    rewards = x.token_level_rewards.sum(-1).float().numpy()
+    parts = {"correct": rewards.round(), "short": rewards - rewards.round() / 2}
+    return DataProto.from_dict(tensors=tensors, non_tensors={"uid": np.asarray(x.uid, dtype=object), **parts})
 
 
 @holes
@@ -46,14 +51,12 @@ def test_verl_rollout_advantages(compared, estimator, holes):
         data = proto(holes, dtype)
         if estimator in ("grpo_vectorized",):
             data.batch.pop("reward_baselines")  # which it does not take
-        config = AlgoConfig(gamma=0.99, lam=0.95, adv_estimator=estimator)
+        config = AlgoConfig(gamma=0.99, lam=0.95, adv_estimator=estimator, gdpo_reward_keys=["correct", "short"])
         found = ray_trainer.compute_advantage(data, estimator, gamma=0.99, lam=0.95, config=config)
         return {key: found.batch[key] for key in ("advantages", "returns")}
 
     found = compared("verl", call)
-    assert found.check(estimator) == 2 or isinstance(found.own, type)
-    if estimator not in ("gdpo",):
-        assert not isinstance(found.own, type), found.own
+    assert found.check(estimator) == 2, found.own
 
 
 @holes
@@ -65,6 +68,7 @@ def test_verl_rollout_losses(compared, name, mode, holes):
 
         def call(dtype, info=info):
             config = ActorConfig(strategy="fsdp", rollout_n=8, ppo_micro_batch_size_per_gpu=8, clip_ratio_high=0.28)
+            config.policy_loss.__dict__.update(dro_beta=0.1, clip_cov_lb=0.1, clip_cov_ratio=0.01, kl_cov_ratio=0.01)
             config.global_batch_info.update(info)
             log_prob = x.log_prob.to(dtype, copy=True).requires_grad_()
             advantages = (x.values - x.values.mean()).to(dtype)
@@ -79,6 +83,51 @@ def test_verl_rollout_losses(compared, name, mode, holes):
             return {"loss": loss, "grad": log_prob.grad, "metrics": metrics}
 
         compared("verl", call).check(f"{name} {mode}")
+
+
+CORRECTIONS = {
+    "metrics alone": {},
+    "truncated": {"rollout_is": "token", "rollout_is_threshold": 1.05},
+    "normalized": {"rollout_is": "sequence", "rollout_is_threshold": 2.0, "rollout_is_batch_normalize": True},
+    "a band, rejection": {
+        "rollout_is": "token",
+        "rollout_is_threshold": "0.9_1.1",
+        "rollout_rs": "seq_mean_k3",
+        "rollout_rs_threshold": "0.01",
+    },
+    "a bad threshold": {"rollout_is": "token", "rollout_is_threshold": -1.0},
+    "a bad option": {"rollout_rs": "token_k4", "rollout_rs_threshold": "0.1"},
+}
+
+
+@holes
+@pytest.mark.parametrize("kind", CORRECTIONS)
+def test_verl_rollout_correction(compared, kind, holes):
+    def call(dtype):
+        data, metrics = compute_rollout_correction_and_add_to_batch(proto(holes, dtype), CORRECTIONS[kind])
+        added = {key: data.batch[key] for key in ("response_mask", "rollout_is_weights") if key in data.batch}
+        return {"added": added, "metrics": metrics, "debug": calculate_debug_metrics(data)}
+
+    found = compared("verl", call)
+    found.check(kind)
+    assert isinstance(found.own, type) == ("bad" in kind)
+
+
+@holes
+@pytest.mark.parametrize("kind", ["ppo_clip", "reinforce"])
+def test_verl_rollout_bypass_mode(compared, kind, holes):
+    x, mask = rollout(holes)
+
+    def call(dtype):
+        config = ActorConfig(strategy="fsdp", rollout_n=8, ppo_micro_batch_size_per_gpu=8)
+        config.policy_loss.__dict__["rollout_correction"] = CORRECTIONS["a band, rejection"] | {"loss_type": kind}
+        log_prob = x.log_prob.to(dtype, copy=True).requires_grad_()
+        tensors = (x.rollout_log_prob.to(dtype), log_prob, x.values.to(dtype), mask.bool())
+        loss, metrics = core_algos.compute_policy_loss_bypass_mode(*tensors, "token-mean", config)
+        loss.backward()
+        return {"loss": loss, "grad": log_prob.grad, "metrics": metrics}
+
+    compared("verl", call).check(kind)
 
 
 @holes
