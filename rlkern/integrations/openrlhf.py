@@ -247,7 +247,7 @@ def _of_policy(original: Any) -> list[Call]:
 
 def _of_kl(original: Any) -> list[Call]:
     x, y, z, _ = _batch()
-    calls: list[Call] = [((9 * x, y), {"kl_estimator": "k3"})]
+    calls: list[Call] = [((9 * x, y), {"kl_estimator": kind}) for kind in ("k2", "k3")]
     if "unbiased_gradient" in inspect.signature(original).parameters:
         calls += [((9 * x, y, old, kind, True), {}) for kind in ("k1", "k2", "k3") for old in (None, z)]
         calls += [((9 * x, y, z, "k3"), {})]
