@@ -117,6 +117,25 @@ def _options(trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _totals(metrics: Any, mode: str, count: Any) -> Tensor:
+    """(tokens, KL, entropy): the sums over tokens, of means."""
+    sums: Tensor = metrics.sums
+    return torch.cat([sums[:1], sums[6:8] if mode == "token-sum" else sums[6:8] * count])
+
+
+def _token_sums(trainer: Any, seen: Seen, options: dict[str, Any]) -> Tensor:
+    """The same where the loss adds up rows: a pass without gradients, over as little as it can be."""
+    if trainer.beta == 0.0:
+        entropy = rlkern.masked_sum(seen.entropies, seen.mask).float()
+        return torch.stack([seen.mask.sum().float(), torch.zeros_like(entropy), entropy])
+    of_kl = {name: x for name, x in options.items() if name.startswith(("kl_", "ref_", "use_bias", "entropy"))}
+    if options["use_bias_correction_kl"]:
+        of_kl |= {"importance_sampling_level": trainer.importance_sampling_level, "clip_ratio_c": None, "log_ratio_clamp": None}
+    variant: Any = "ppo" if options["use_bias_correction_kl"] else "gpg"
+    args = (seen.old, seen.log_prob, seen.inputs["advantages"], seen.mask)
+    return _totals(rlkern.policy_loss(*args, variant=variant, loss_agg_mode="token-sum", **of_kl).metrics, "token-sum", 1)
+
+
 def compute_loss(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
     """GRPOTrainer._compute_loss: the model's log-probs as TRL has them, then one kernel."""
     _refuse(self)
@@ -132,11 +151,9 @@ def compute_loss(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
     gated, options = _gated(self, inputs, log_prob, old, mask, chosen), _options(self, inputs) | {"entropy": entropies.detach()}
     by = {"batch_num_tokens" if mode == "token-mean" else "global_batch_size": count}
     found = rlkern.policy_loss(old, log_prob, gated, mask, loss_agg_mode=mode, **by, **options)
-    sums = found.metrics
+    seen = Seen(inputs, log_prob.detach(), old.detach(), mask, entropies.detach(), _totals(found.metrics, mode, count))
     if mode == "seq-mean-token-mean":  # its sums are weighted by row: the metrics' are not
-        sums, count = rlkern.policy_loss(old, log_prob.detach(), gated, mask, loss_agg_mode="token-sum", **options).metrics, 1
-    totals = (sums.field("entropy_loss") * count, sums.field("kl_loss") * count, mask.sum())
-    seen = Seen(inputs, log_prob.detach(), old.detach(), mask, entropies.detach(), totals)
+        seen = seen._replace(totals=_token_sums(self, seen, options))
     loss, whole = found.loss, found.loss.detach()
     if self._entropy_bonus_enabled:
         acting = mask if chosen is None else mask * chosen
