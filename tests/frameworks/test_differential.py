@@ -4,13 +4,14 @@ same with faults put into ours, which must show."""
 
 import copy
 import os
+import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from verl_cases import VERL, Draw, log_probs
 
 import rlkern
 from rlkern import advantages, integrations
@@ -18,6 +19,9 @@ from rlkern.integrations import hooks, verl_losses
 from rlkern.integrations.site import Worst, in_shadow
 
 pytest.importorskip("verl")
+sys.path.insert(0, str(Path(__file__).parent))
+from verl_cases import VERL, Draw, log_probs
+
 CASES = int(os.environ.get("RLKERN_TEST_CASES", "2000"))
 
 
