@@ -192,7 +192,7 @@ class Site:
             dice = torch.get_rng_state() if self.dice else None
             found = self.original(*args, **kwargs)
             try:
-                self.judge(*spare, dice)
+                self.judge(spare[0], spare[1], dice)
             except Exception as problem:  # a comparison must not stop a run
                 self.missed(problem)
         return found

@@ -33,6 +33,8 @@ def counts_of(mode: str, by_rows: bool, counts: dict[str, Any], width: int) -> t
     known = {k: counts.get(k) for k in ("dp_size", "batch_num_tokens", "global_batch_size", "loss_scale_factor")}
     if counts.keys() - known.keys():
         raise Uncovered(f"it is given {', '.join(sorted(counts.keys() - known.keys()))}")
+    if mode == "token-sum" and not hasattr(core(), "compute_policy_loss_dro"):  # verl 0.9 has both
+        raise Uncovered("this version does not have the mode")
     known["dp_size"] = 1 if known["dp_size"] is None else known["dp_size"]
     if mode == "seq-mean-token-sum-norm" and not by_rows:
         factor = known["loss_scale_factor"]

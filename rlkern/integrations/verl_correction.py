@@ -44,7 +44,7 @@ def _alike(old: Tensor, rollout: Any, mask: Tensor) -> None:
 
 # ---- weights, rejection -------------------------------------------------------------------------------------------------
 def correction(
-    old_log_prob: Tensor, rollout_log_prob: Tensor, response_mask: Tensor, rollout_is: str | None = None,
+    old_log_prob: Tensor, rollout_log_prob: Tensor, response_mask: Tensor, rollout_is: Any = None,
     rollout_is_threshold: Any = 2.0, rollout_is_batch_normalize: bool = False, rollout_rs: str | None = None,
     rollout_rs_threshold: Any = None,
 ) -> tuple[Any, Tensor, dict[str, float]]:  # fmt: skip
@@ -60,13 +60,13 @@ def correction(
 
 
 def correction_weights(
-    log_ratio: Tensor, response_mask: Tensor, rollout_is: str = "token", rollout_is_threshold: Any = 2.0,
+    log_ratio: Tensor, response_mask: Tensor, rollout_is: Any = "token", rollout_is_threshold: Any = 2.0,
     rollout_is_batch_normalize: bool = False,
 ) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
     if log_ratio.dim() != 2 or rollout_is is None or rollout_is_threshold is None:
         raise Uncovered("no weights")
     found = rlkern.rollout_correction(
-        log_ratio.detach(), torch.zeros_like(log_ratio), response_mask, rollout_is=rollout_is,  # type: ignore[arg-type]
+        log_ratio.detach(), torch.zeros_like(log_ratio), response_mask, rollout_is=rollout_is,
         rollout_is_threshold=rollout_is_threshold, rollout_is_batch_normalize=rollout_is_batch_normalize,
     )  # fmt: skip
     return found.weights, _starting("rollout_is", found.metrics)  # type: ignore[return-value]

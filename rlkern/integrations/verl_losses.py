@@ -16,7 +16,7 @@ from rlkern.integrations.verl_common import ALL, CORE, core, counts_of, of_loss,
 
 # ---- the clipped loss -------------------------------------------------------------------------------------------------
 def vanilla_of(
-    by_rows: bool, config: Any, mode: str, old: Tensor, log_prob: Tensor, advantages: Tensor, mask: Tensor, weights: Any
+    by_rows: bool, config: Any, mode: Any, old: Tensor, log_prob: Tensor, advantages: Tensor, mask: Tensor, weights: Any
 ) -> rlkern.PolicyLoss:
     low, high = (x if x is not None else config.clip_ratio for x in (config.clip_ratio_low, config.clip_ratio_high))
     mode, counts = counts_of(mode, by_rows, dict(getattr(config, "global_batch_info", None) or {}), log_prob.shape[-1])
@@ -77,7 +77,7 @@ class Form(NamedTuple):
     """A loss of verl's: our variant, what it reads of the config, its metrics, its default mode; `fixed`: its only mode; `wide`:
     its loss is float32 for half-precision log-probs."""
 
-    variant: str
+    variant: Any
     own: Callable[[Any], dict[str, Any]] = lambda config: {}
     names: tuple[str, ...] = ALL
     mode: str = "token-mean"
@@ -123,7 +123,7 @@ def loss_of(
     )
     return rlkern.policy_loss(
         old, log_prob, advantages, mask, variant=form.variant, loss_agg_mode=known, rollout_is_weights=weights, **form.own(config), **counts
-    )  # type: ignore[no-any-return]
+    )
 
 
 def _loss(form: Form, by_rows: bool) -> Callable[..., Any]:

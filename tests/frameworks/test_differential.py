@@ -20,7 +20,7 @@ from rlkern.integrations.site import Worst, in_shadow
 
 pytest.importorskip("verl")
 sys.path.insert(0, str(Path(__file__).parent))
-from draws import VERL, Draw, log_probs
+from verl_cases import VERL, Draw, log_probs
 
 CASES = int(os.environ.get("RLKERN_TEST_CASES", "2000"))
 

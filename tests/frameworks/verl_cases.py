@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random calls of verl's functions: each follows from a seed."""
+"""Random calls of every function of verl that is replaced."""
 
 import numpy as np
 import torch
