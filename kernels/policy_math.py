@@ -39,7 +39,7 @@ def sapo_token(r, a, c):
     """-A (4 / tau) sigmoid(tau (r - 1)), tau = own0 where A > 0, else own1"""
     tau = tl.where(a > 0, c[6], c[7])
     z = tau * (r - 1.0)
-    e = math.exp_of(-tl.abs(z))
+    e = math.exp_bounded(tl.where(tl.abs(z) > 80, -80.0, -tl.abs(z)))
     share = 1.0 / (1.0 + e)
     sigmoid = tl.where(z < 0, e * share, share)
     factor = -a * 4.0

@@ -92,18 +92,18 @@ struct Variant {
   const OfRow& its;
   const VariantNumbers<V> numbers;
   const KlRange<V> range;
-  const bool of_row, with_kl;
+  const bool of_row, with_kl, bounded;  // bounded: the clamp keeps the exponential in the normal range
   const V zero{}, kl_coef, clamp, behave_cap, row_x, row_ratio, gain, harm;
   Variant(const PolicyVariantArgs& args, const OfRow& of)
       : a(args), its(of), numbers(args), range(args.kl), of_row(args.level != Level::token), with_kl(args.kl_coef != 0 && args.ref_log_prob),
-        kl_coef(splat(A(args.kl_coef))), clamp(splat(A(args.clip.clamp))), behave_cap(splat(A(args.own[1]))), row_x(splat(A(of.x))),
-        row_ratio(splat(A(::exp(of.x)))), gain(splat(A(of.gain))), harm(splat(A(of.harm))) {}
+        bounded(args.clip.clamp <= 80), kl_coef(splat(A(args.kl_coef))), clamp(splat(A(args.clip.clamp))), behave_cap(splat(A(args.own[1]))),
+        row_x(splat(A(of.x))), row_ratio(splat(A(::exp(of.x)))), gain(splat(A(of.gain))), harm(splat(A(of.harm))) {}
 
   template <class Way>
   RLKERN_INLINE Step<A> at(const VariantRow<A>& row, Way way, int64_t i, int64_t n, uint32_t m) const {
     const V lp = row.log_prob.valid(way, i, n, m), old = row.old_log_prob.valid(way, i, n, m), raw = lp - old, x = clamped(raw, -clamp, clamp);
     const auto blocked = (x < raw) | (x > raw);
-    const V ratio = of_row ? row_ratio : (kNeedsRatio || a.by_ratio ? exp_of(x) : zero);
+    const V ratio = of_row ? row_ratio : (kNeedsRatio || a.by_ratio ? (bounded ? exp_bounded(x) : exp_of(x)) : zero);
     const uint32_t marked = a.selected ? m & row.selected.template lanes<kLanes<A>>(way, i, n) : 0;
     const V penalty = K == PolicyKind::kl_cov ? blend(marked, numbers.own[0], zero) : zero;
     auto found = variant_token<K>(VariantInput<V>{of_row ? row_x : x, ratio, lp, old, row.advantages.valid(way, i, n, m), penalty, gain, harm}, numbers);

@@ -132,7 +132,7 @@ RLKERN_HD auto sapo_token(const VariantInput<V>& t, const VariantNumbers<V>& o) 
   const V zero = constant<V>(0), one = constant<V>(1), four = constant<V>(4);
   using Test = decltype(zero > zero);
   const V tau = t.advantage > zero ? o.own[0] : o.own[1], z = tau * (t.ratio - one);
-  const V e = exp_of(-Ops<V>::magnitude(z)), share = one / (one + e), sigmoid = z < zero ? e * share : share;
+  const V e = exp_bounded(Ops<V>::at_least(-Ops<V>::magnitude(z), constant<V>(-80))), share = one / (one + e), sigmoid = z < zero ? e * share : share;
   const V factor = -t.advantage * four;
   const Test none = zero > zero;
   return VariantToken<V, Test>{factor / tau * sigmoid, factor * (e * share * share) * t.ratio, none, none};

@@ -106,7 +106,7 @@ def verl() -> Formulas:
         return proto.batch["rollout_is_weights"], modified, metrics
 
     def loss_variant(name: str) -> Formula:
-        of = {"loss_mode": name, **{k: v for k, v in losses.OPTIONS[name].items() if k in ("clip_cov_ratio", "dro_beta")}}
+        of = {"loss_mode": name, **{k: v for k, v in losses.OPTIONS[name].items() if k in ("clip_cov_ratio", "clip_cov_lb", "dro_beta")}}
         config = ActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, policy_loss=of_config(**of))
         function = core.get_policy_loss_fn(name)
         mode = "seq-mean-token-mean" if name == "sapo" else "token-mean"

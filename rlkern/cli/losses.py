@@ -16,10 +16,12 @@ from torch import Tensor
 from rlkern.cli.framework import aggregate, masked_mean
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-# The arguments of rlkern.policy_loss, beside its defaults; clip-cov takes every candidate, so that its choice is no draw.
+# The arguments of rlkern.policy_loss, beside its defaults; clip-cov has few candidates and takes them all, so that its choice
+# is no draw.
 OPTIONS: dict[str, dict[str, Any]] = {
     "decoupled": {}, "gspo": {}, "gspo_token": {}, "luspo": {}, "rloo": {}, "sapo": {}, "cispo": {}, "gpg": {}, "geo_mean": {},
-    "clip_cov": {"clip_cov_ratio": 1.0}, "kl_cov": {}, "dppo_tv": {}, "dppo_kl": {}, "dro": {"dro_beta": 0.1}, "vespo": {},
+    "clip_cov": {"clip_cov_ratio": 0.01, "clip_cov_lb": 4.0}, "kl_cov": {}, "dppo_tv": {}, "dppo_kl": {}, "dro": {"dro_beta": 0.1},
+    "vespo": {},
 }  # fmt: skip
 CHOOSING = ("clip_cov", "kl_cov", "dppo_tv", "dppo_kl")  # a rounding may move a token over a threshold: the loss alone is compared
 
@@ -89,8 +91,8 @@ def clip_cov(old: Tensor, new: Tensor, a: Tensor, m: Tensor, _: Tensor) -> Tenso
     ratio = (new - old).exp()
     plain, bounded = -a * ratio, -a * ratio.clamp(0.8, 1.2)
     cov = torch.where((m == 0) | (bounded > plain), -math.inf, _covariance(new, a, m))
-    chosen = torch.nonzero((cov < 5.0) & (cov > 1.0))
-    chosen = chosen[torch.randperm(len(chosen))]
+    chosen = torch.nonzero((cov < 5.0) & (cov > 4.0))
+    chosen = chosen[torch.randperm(len(chosen))[: max(int(0.01 * int(m.sum())), 1)]]
     keep = torch.ones_like(a)
     keep[chosen[:, 0], chosen[:, 1]] = 0
     return aggregate(torch.maximum(plain, bounded) * keep, m, "token-mean")
