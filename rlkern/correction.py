@@ -75,7 +75,7 @@ def _batch_mean(weights: RolloutMetrics, group: Any) -> Tensor:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(sums, group=group)
     mean = sums[0] / sums[1]
-    return torch.where(mean <= 1e-8, torch.ones_like(mean), mean)
+    return torch.where(mean > 1e-8, mean, torch.ones_like(mean))  # as verl: a NaN divides nothing
 
 
 # ---- public ops -----------------------------------------------------------------------------------------------------

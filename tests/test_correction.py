@@ -238,3 +238,11 @@ def test_rollout_correction_ignores_masked_but_shows_valid(backend):
     assert found.weights[0, 1].item() == pytest.approx(math.exp(-20), rel=1e-6)
     assert found.metrics.as_dict()["rollout_corr/k3_kl"] == math.inf
     assert found.metrics.as_dict()["rollout_corr/rollout_rs_token_k2_max"] == 200
+
+
+def test_rollout_correction_ignores_masked_but_a_nan_divides_nothing(backend):
+    """The mean of weights with a NaN is one, which is not above 1e-8: they stay as they are, as verl's do."""
+    old, rollout = torch.tensor([[-1.0, torch.nan, -1.0]]), torch.tensor([[-1.5, -1.0, -0.8]])
+    found = rlkern.rollout_correction(old, rollout, torch.ones(1, 3), rollout_is="token", rollout_is_batch_normalize=True)
+    torch.testing.assert_close(found.weights, torch.tensor([[0.5, torch.nan, -0.2]]).exp(), equal_nan=True)
+    assert found.metrics.as_dict()["rollout_corr/rollout_is_batch_norm_factor"] == 1.0
