@@ -52,7 +52,7 @@ def test_policy_variant_ignores_masked(backend, name):
     clean = rlkern.policy_loss_and_grad(old, lp, a, m, rollout_is_weights=w, **o)
     assert clean.loss.isfinite()
     assert (clean.d_log_prob[m == 0] == 0).all()
-    for poison in (torch.nan, torch.inf, -torch.inf):
+    for poison in (torch.nan, torch.inf, -torch.inf)[: 1 if backend == "triton" else None]:  # interpreted
 
         def hide(x, poison=poison):
             return torch.where(m != 0, x, poison) if isinstance(x, torch.Tensor) else x
@@ -147,7 +147,7 @@ def test_policy_variant_properties(backend):
     torch.testing.assert_close(grad(lp, variant="decoupled", rollout_log_prob=old), grad(lp))
     # rows in another order, and rows in two calls
     order = torch.randperm(6, generator=torch.Generator().manual_seed(1))
-    for name in NAMES:
+    for name in NAMES[:: 4 if backend == "triton" else 1]:  # interpreted
         o = keywords(name, lp) | {"kl_coef": 0.0, "use_bias_correction_kl": False, "ref_log_prob": None}
         moved = {k: v[order] if isinstance(v, torch.Tensor) else v for k, v in o.items()}
         whole, other = (rlkern.policy_loss_and_grad(*(x[i] for x in (old, lp, a, m)), **k) for i, k in ((slice(None), o), (order, moved)))
@@ -225,6 +225,8 @@ def test_policy_variant_rejects(backend):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_policy_variant_registers(backend, backend_number, name):
+    if backend == "triton" and name not in ("gspo", "sapo", "kl_cov", "ppo sequence"):
+        pytest.skip("interpreted: one of each way through the launcher")
     old, lp, a, m, w = batch(3, 20)
     o = keywords(name, lp)
 
