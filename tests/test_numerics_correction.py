@@ -173,4 +173,4 @@ def test_weights_near_zero(backend):
     weights = gap.double().exp()
     exact = 1 / (weights / (weights.mean() + 1e-8)).square().mean().item()
     assert exact == pytest.approx(1.02, abs=0.1)
-    assert found != pytest.approx(exact, rel=0.05)
+    assert (found == pytest.approx(exact, rel=0.05)) == (backend == "triton")  # whose weights are widened first
