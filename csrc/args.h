@@ -261,7 +261,7 @@ struct Rejection {
 };
 // clang-format off
 enum CorrectionField {
-  kRTokens, kROld, kRRollout, kRK3, kRExcess, kRExcess2, kRKept, kRRatio, kRW, kRW2, kRWHigh, kRWLow, kRWMax, kRWMin, kRByK
+  kRTokens, kROld, kRRollout, kRK3, kRExcess, kRExcess2, kRKept, kRRatio, kRW, kRW2, kRWHigh, kRWLow, kRWMax, kRWMin, kRWSquare, kRByK
 };
 // clang-format on
 enum CorrectionByK { kKSum, kKMax, kKMin, kKClamped, kKClamped2, kKHigh, kKLow, kKKept, kByK };  // three times, from kRByK on

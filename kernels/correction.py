@@ -16,7 +16,7 @@ from rlkern.kernels.launch import SWEEP, Plan, Variant, variants
 VARIANTS: list[Variant] = []
 SAFETY = tl.constexpr(20.0)  # verl's bound on a log-ratio before the exponential
 # The lines of the table, as in rlkern/reference/correction.py: 14, then 8 for each of k1, k2, k3, then 8 of the probabilities.
-KEPT, RATIO, WEIGHT, BY_K, EACH, PROBABILITY = (tl.constexpr(x) for x in (6, 7, 8, 14, 8, 38))
+KEPT, RATIO, WEIGHT, BY_K, EACH, PROBABILITY = (tl.constexpr(x) for x in (6, 7, 8, 15, 8, 39))
 
 
 # ---- twin of csrc/math/correction.h ---------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def rollout_correction_fwd_kernel(
     first = T - T
     tokens, kept, above, below = none(tl.int32), none(tl.int32), none(tl.int32), none(tl.int32)
     olds, rollouts, k3s = none(tl.float64), none(tl.float64), none(tl.float64)
-    ds, dds, ws, wws = none(tl.float64), none(tl.float64), none(tl.float64), none(tl.float64)
+    ds, dds, ws, wws, squares = none(tl.float64), none(tl.float64), none(tl.float64), none(tl.float64), none(tl.float64)
     most, least = none(A) - float("inf"), none(A) - float("inf")
     by1, by2, by3 = no_sums(A), no_sums(A), no_sums(A)
     while first < T:
@@ -181,12 +181,12 @@ def rollout_correction_fwd_kernel(
         ds, dds = ds + in_lanes(d, ALIGNED), dds + in_lanes(d * d, ALIGNED)
         if LEVEL == "token":
             lower, upper = math.constant(low, A), math.constant(high, A)
-            w = correction_weight(ratio, lower, upper, ICEPOP)
-            d = tl.where(valid, w, 1.0).to(tl.float64) - 1.0
-            ws, wws = ws + in_lanes(d, ALIGNED), wws + in_lanes(d * d, ALIGNED)
+            w = tl.where(valid, correction_weight(ratio, lower, upper, ICEPOP), 0.0)
+            d, d0 = tl.where(valid, w.to(tl.float64) - 1.0, 0.0), w.to(tl.float64)
+            ws, wws, squares = ws + in_lanes(d, ALIGNED), wws + in_lanes(d * d, ALIGNED), squares + in_lanes(d0 * d0, ALIGNED)
             above, below = above + in_lanes(valid & (ratio > upper), ALIGNED), below + in_lanes(valid & (ratio < lower), ALIGNED)
             most, least = math.maximum(most, most_of(w, valid, ALIGNED)), math.maximum(least, most_of(0.0 - w, valid, ALIGNED))
-            launch.store(weights, weights_stride, start, first, tl.where(valid, w, 0.0), inside, ALIGNED)
+            launch.store(weights, weights_stride, start, first, w, inside, ALIGNED)
         by1, keep = add_sums(by1, q, valid, keep, token1_low, token1, 1, OF[0], ALIGNED)
         by2, keep = add_sums(by2, q, valid, keep, 0.0, token2, 2, OF[1], ALIGNED)
         by3, keep = add_sums(by3, q, valid, keep, 0.0, token3, 3, OF[2], ALIGNED)
@@ -195,7 +195,7 @@ def rollout_correction_fwd_kernel(
             launch.store(modified, modified_stride, start, first, tl.where(keep, own, 0), inside, ALIGNED)
         first += BLOCK
     n, olds, rollouts = tl.sum(tokens, 0).to(tl.float64), tl.sum(olds, 0), tl.sum(rollouts, 0)
-    leave_row(table, rows, row, n, olds, rollouts, k3s, ds, dds, ws, wws, above, below, most, least, LEVEL)
+    leave_row(table, rows, row, n, olds, rollouts, k3s, ds, dds, (ws, wws, squares), above, below, most, least, LEVEL)
     sum_1, _most = leave_sums(table, rows, row, by1, 1, OF[0])
     sum_2, max_2 = leave_sums(table, rows, row, by2, 2, OF[1])
     sum_3, max_3 = leave_sums(table, rows, row, by3, 3, OF[2])
@@ -210,20 +210,21 @@ def rollout_correction_fwd_kernel(
 
 
 @triton.jit
-def leave_row(table, rows, row, n, olds, rollouts, k3s, ds, dds, ws, wws, above, below, most, least, LEVEL: tl.constexpr):
+def leave_row(table, rows, row, n, olds, rollouts, k3s, ds, dds, of_weights, above, below, most, least, LEVEL: tl.constexpr):
     put(table, rows, row, 0, n)
     put(table, rows, row, 1, olds)
     put(table, rows, row, 2, rollouts)
     put(table, rows, row, 3, tl.sum(k3s, 0))
     put(table, rows, row, 4, tl.sum(ds, 0))
     put(table, rows, row, 5, tl.sum(dds, 0))
-    put(table, rows, row, WEIGHT, tl.sum(ws, 0))
-    put(table, rows, row, WEIGHT + 1, tl.sum(wws, 0))
+    put(table, rows, row, WEIGHT, tl.sum(of_weights[0], 0))
+    put(table, rows, row, WEIGHT + 1, tl.sum(of_weights[1], 0))
     put(table, rows, row, WEIGHT + 2, tl.sum(above, 0))
     put(table, rows, row, WEIGHT + 3, tl.sum(below, 0))
     top, bottom = extremes(most, least, LEVEL == "token")
     put(table, rows, row, WEIGHT + 4, top)
     put(table, rows, row, WEIGHT + 5, bottom)
+    put(table, rows, row, WEIGHT + 6, tl.sum(of_weights[2], 0))
 
 
 @launch.kernel

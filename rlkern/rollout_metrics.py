@@ -174,7 +174,9 @@ def _weights(r: _Rows, m: RolloutMetrics) -> dict[str, Any]:
             "rollout_is_max": math.nan if lost else r["w_max"][r.valid].max(),
             "rollout_is_min": math.nan if lost else r["w_min"][r.valid].min(),
         }
-        mean, var = 1 + shift, square - shift**2
+        mean, plain = 1 + shift, r.mean("w_square")
+        var = square - shift**2 if mean > 0.5 else plain - mean**2  # by what cancels less
+        square = plain
         outside = r.mean("w_high") + r.mean("w_low")
     else:
         raw = np.where(r.valid, r["ratio"], 0)
@@ -182,7 +184,7 @@ def _weights(r: _Rows, m: RolloutMetrics) -> dict[str, Any]:
         z = np.where(kept, raw, 0) if m.icepop else np.minimum(raw, high)
         q = r.rounded(r.ratio())
         mean = (n * z).sum() / N
-        var = (n * (z - mean) ** 2).sum() / N
+        var, square = (n * (z - mean) ** 2).sum() / N, (n * z**2).sum() / N
         found = {
             "rollout_is_max": np.exp(np.minimum(_most(q), SAFETY)),
             "rollout_is_min": np.exp(_least(q)),
@@ -192,7 +194,6 @@ def _weights(r: _Rows, m: RolloutMetrics) -> dict[str, Any]:
         }
         outside = (n * ((raw < low) | (raw > high))).sum() / N
     found["rollout_is_std"] = np.sqrt(np.maximum(var, 0)) if N > 1 else 0.0
-    square = var + mean**2
     found["rollout_is_eff_sample_size"] = (mean + 1e-8) ** 2 / square if square != 0 else 0.0  # no weight left: no sample
     far_row, near_row = r.rounded(raw), r.rounded(z)
     found |= {

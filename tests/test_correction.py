@@ -246,3 +246,14 @@ def test_rollout_correction_ignores_masked_but_a_nan_divides_nothing(backend):
     found = rlkern.rollout_correction(old, rollout, torch.ones(1, 3), rollout_is="token", rollout_is_batch_normalize=True)
     torch.testing.assert_close(found.weights, torch.tensor([[0.5, torch.nan, -0.2]]).exp(), equal_nan=True)
     assert found.metrics.as_dict()["rollout_corr/rollout_is_batch_norm_factor"] == 1.0
+
+
+def test_rollout_correction_properties_near_zero(backend):
+    """Weights far below 1 keep their digits: second moments of 1e-17 beside 1 would be noise, and once were a negative size."""
+    pick = torch.rand(3, 400, generator=torch.Generator().manual_seed(0)) < 0.3
+    for small, large in ((2.1e-9, 5e-9), (2.1e-9, 5e-8), (1e-4, 3e-4)):
+        gap = torch.where(pick, small, large).double().log().float()
+        got = rlkern.rollout_correction(gap, torch.zeros_like(gap), torch.ones_like(gap), rollout_is="token").metrics.as_dict(prefix="")
+        w = gap.double().clamp(-20, 20).exp()
+        assert got["rollout_is_eff_sample_size"] == pytest.approx((1 / (w / (w.mean() + 1e-8)).square().mean()).item(), rel=1e-5)
+        assert got["rollout_is_std"] == pytest.approx(w.std(correction=0).item(), rel=1e-5)

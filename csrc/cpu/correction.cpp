@@ -99,7 +99,7 @@ struct OffPolicy {
 
 template <class A>
 struct TokenWeights {
-  Moments2<A> weight;
+  Moments2<A> weight, plain;  // of the weight over 1, exact near 1; of itself, for weights near 0
   Extremes<A> range;
   Count<A> high, low;
   void read(const CorrectionArgs& a, const Row<A>& row, const Block<A>& b) {
@@ -114,13 +114,14 @@ struct TokenWeights {
       const V ratio = loadu(b.e + k), w = correction_weight(ratio, least, most, a.icepop), tested = blend(m, ratio, nothing);
       t.high.add(tested > most), t.low.add(tested < least);
       t.range.add(blend(m, w, nothing));
-      t.weight.add(blend(m, w, unit), one);
+      t.weight.add(blend(m, w, unit), one), t.plain.add(blend(m, w, V{}), VD{});
       row.weights(way, b.first + k, n, blend(m, w, V{}));
     });
     *this = t;
   }
   void leave(double* column) const {
-    column[kRW] = weight.total(), column[kRW2] = weight.squares(), column[kRWMax] = range.high(), column[kRWMin] = range.low();
+    column[kRW] = weight.total(), column[kRW2] = weight.squares(), column[kRWMax] = range.high(), column[kRWMin] = range.low(),
+    column[kRWSquare] = plain.squares();
     column[kRWHigh] = static_cast<double>(high.total()), column[kRWLow] = static_cast<double>(low.total());
   }
 };

@@ -14,7 +14,7 @@ from rlkern.reference.loss import row_ids, row_sums, select, spread, wide_on
 # The lines of a table, a column a row. Sums run over the row's valid tokens; q = old - rollout, e = exp(clamp(q, +-20)).
 # w: the token's weight; then for each of k1, k2, k3 what rejection asks of it; p, r: the probabilities, gap: |p - r|.
 FIELDS = (
-    "tokens", "old", "rollout", "k3_kl", "d", "dd", "kept", "ratio", "w", "ww", "w_high", "w_low", "w_max", "w_min",
+    "tokens", "old", "rollout", "k3_kl", "d", "dd", "kept", "ratio", "w", "ww", "w_high", "w_low", "w_max", "w_min", "w_square",
     *(f"k{i}_{name}" for i in (1, 2, 3) for name in ("sum", "max", "min", "c", "cc", "high", "low", "kept")),
     "p", "r", "pp", "rr", "pr", "gap", "gap2", "gap_max",
 )  # fmt: skip
@@ -121,7 +121,7 @@ def _weigh(b: Rows, found: dict[str, Tensor], level: str, ratio: Tensor, is_rang
     w = weight_of(ratio, low, high, icepop)
     shifted = w.to(b.wide) - 1
     found |= {"w": b.total(shifted), "ww": b.total(shifted.square()), "w_high": b.total(ratio > high), "w_low": b.total(ratio < low)}
-    found |= {"w_max": b.most(w), "w_min": -b.most(-w)}
+    found |= {"w_max": b.most(w), "w_min": -b.most(-w), "w_square": b.total(w.to(b.wide).square())}
     return w
 
 
