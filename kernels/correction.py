@@ -15,7 +15,7 @@ from rlkern.kernels.launch import SWEEP, Plan, Variant, variants
 
 VARIANTS: list[Variant] = []
 SAFETY = tl.constexpr(20.0)  # verl's bound on a log-ratio before the exponential
-# The lines of the table, as in rlkern/reference/correction.py: 14, then 8 for each of k1, k2, k3, then 8 of the probabilities.
+# The lines of the table, as in rlkern/reference/correction.py: 15, then 8 for each of k1, k2, k3, then 8 of the probabilities.
 KEPT, RATIO, WEIGHT, BY_K, EACH, PROBABILITY = (tl.constexpr(x) for x in (6, 7, 8, 15, 8, 39))
 
 
