@@ -5,17 +5,22 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 SOURCES := setup.py CMakeLists.txt README.md LICENSE $(shell find csrc rlkern kernels bench -type f ! -name '*.pyc' ! -name '*.so')
-CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_SOURCES := $(shell find csrc tests/cuda_emulator -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PYTEST_ARGS ?=
 ASAN := build/asan
 FRAMEWORKS := .frameworks
 GPU := build/gpu
+EMULATED := build/emulated
+CUDA := build/cuda
+CUDA_ARCHS ?= 80-real;90-real;100-real;120
+CUDA_TESTS := $(addprefix tests/test_,kl.py kl_weighted.py shape_rewards.py whiten.py)
+CMAKE = $(BIN)/cmake -G Ninja -S . -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) -DPython_EXECUTABLE=$(BIN)/python
 GPU_RESULTS ?= build/gpu
 GPU_COMMIT ?= $(shell git rev-parse HEAD 2>/dev/null)
 export PATH := $(BIN):$(PATH)
 unexport PYTHONPATH
 
-.PHONY: help run test test-frameworks bench-frameworks bench lint asan pure sass cuda-build gpu
+.PHONY: help run test emulated test-frameworks bench-frameworks bench lint asan pure sass cuda-build gpu
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -25,9 +30,14 @@ run: $(VENV)/.installed ## set up, check every op on a real rollout batch, then 
 	$(BIN)/rlkern verify
 	$(BIN)/rlkern bench --quick
 
-test: $(VENV)/.installed ## set up and run the tests, those of the Triton kernels interpreted (PYTEST_ARGS="-k gae" for some)
+test: $(VENV)/.installed $(if $(shell command -v g++),emulated) ## set up and run the tests, Triton kernels interpreted, CUDA kernels emulated (PYTEST_ARGS="-k gae" for some)
 	$(BIN)/pytest -n auto $(PYTEST_ARGS)
 	$(BIN)/pytest -n auto --backend triton $(PYTEST_ARGS) || [ $$? = 5 ]  # 5: PYTEST_ARGS chose none
+	command -v g++ > /dev/null || exit 0; $(BIN)/pytest -n auto --backend cuda $(CUDA_TESTS) $(PYTEST_ARGS) || [ $$? = 5 ]
+
+emulated: $(VENV)/.tools ## csrc/cuda as C++ on tests/cuda_emulator, under sanitizers: what pytest --backend cuda runs without a GPU
+	$(CMAKE) -B $(EMULATED) -DRLKERN_EMULATED=ON -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/$(EMULATED)
+	$(BIN)/cmake --build $(EMULATED) --parallel 2 --target _C_cuda
 
 test-frameworks: $(FRAMEWORKS)/.installed ## verl, OpenRLHF and TRL in an environment of their own, with rlkern inside them (2 GB)
 	cd $(FRAMEWORKS) && venv/bin/pytest -c ../pyproject.toml --rootdir .. --confcutdir ../tests/frameworks -p no:cacheprovider \
@@ -61,11 +71,15 @@ pure: $(VENV)/.installed ## the tests on the pure-Python package (RLKERN_NATIVE=
 	rm -rf build/lib*
 	PYTHONPATH=$(CURDIR)/build/pure $(BIN)/pytest --ignore tests/test_packaging.py --ignore tests/test_bans.py $(PYTEST_ARGS)
 
-sass: $(VENV)/.installed ## compile the Triton kernels for sm_80 to sm_120 and gfx942, and hold the machine code to their plans
+sass: $(VENV)/.installed ## compile the Triton kernels (sm_80 to sm_120, gfx942) and, with nvcc, the CUDA ones; hold the machine code to their plans
 	$(BIN)/python tools/sass_check.py
+	if command -v nvcc > /dev/null; then $(MAKE) cuda-build && $(BIN)/python tools/cuda_check.py $(CUDA)/_C_cuda*.so; \
+	else echo "make sass: the CUDA kernels are left out, as nvcc is not on PATH"; fi
 
-cuda-build: ## compile the CUDA module without a GPU (not in this release)
-	@echo "make cuda-build: this release has no csrc/cuda and no CUDA target in CMakeLists.txt."; exit 1
+cuda-build: $(VENV)/.tools ## compile and link the CUDA module by nvcc, without a GPU (CUDA_ARCHS="90-real" for one)
+	@command -v nvcc > /dev/null || { echo "make cuda-build: nvcc must be on PATH; install a CUDA toolkit."; exit 1; }
+	$(CMAKE) -B $(CUDA) -DRLKERN_CUDA=ON "-DCMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCHS)" -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/$(CUDA)
+	$(BIN)/cmake --build $(CUDA) --parallel 2 --target _C_cuda
 
 # With that machine's own Python, torch and Triton: nothing is fetched. GPU_RESULTS is where the results go.
 gpu: ## on a machine with a GPU: install beside its own torch, run every test there, then the table (under nine minutes)

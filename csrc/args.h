@@ -3,7 +3,26 @@
 #pragma once
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#define RLKERN_HD __host__ __device__ inline
+#else
+#define RLKERN_HD inline
+#endif
+
 namespace rlkern {
+
+// Where a call runs: so many threads of the CPU; or a stream of a GPU, with memory for what its blocks tell each other
+// (csrc/cuda/launch.cuh).
+#if defined(RLKERN_CUDA)
+struct Place {
+  void* stream = nullptr;
+  int device = 0;
+  void* memory = nullptr;
+  int64_t bytes = 0;
+};
+#else
+using Place = int;
+#endif
 
 enum class Dtype : int32_t { f32, f64, f16, bf16, b8, u8, i32, i64 };
 
@@ -15,17 +34,17 @@ struct Operand {
   int64_t rows = 0, cols = 0;
   int64_t row_stride = 0;
   int64_t inner_stride = 1;
-  explicit operator bool() const { return data != nullptr; }
+  RLKERN_HD explicit operator bool() const { return data != nullptr; }
 };
 
 // The rows of one call: `count` rows of `length` tokens, or, packed, row r = [cu[r], cu[r + 1]) of one long row.
 struct Rows {
   int64_t count = 0, length = 0;
   const int64_t* cu = nullptr;
-  int64_t len(int64_t r) const { return cu ? cu[r + 1] - cu[r] : length; }
+  RLKERN_HD int64_t len(int64_t r) const { return cu ? cu[r + 1] - cu[r] : length; }
   // Offset of a row's first element in an operand; a packed per-row operand keeps its own row stride.
-  int64_t base(const Operand& x, int64_t r) const { return cu && x.inner_stride ? cu[r] : r * x.row_stride; }
-  int64_t total() const { return cu ? cu[count] : count * length; }
+  RLKERN_HD int64_t base(const Operand& x, int64_t r) const { return cu && x.inner_stride ? cu[r] : r * x.row_stride; }
+  RLKERN_HD int64_t total() const { return cu ? cu[count] : count * length; }
 };
 
 enum class Masked : int32_t { none, skip, reset, zero, turn };
@@ -57,7 +76,7 @@ struct ScanArgs {
   KlOptions kl;
   bool whiten;  // advantages := whitened advantages (gae) or returns (REINFORCE++)
   WhitenOptions whiten_options;
-  int threads;
+  Place place;
 };
 
 struct ScanGradArgs {
@@ -67,7 +86,7 @@ struct ScanGradArgs {
   Masked masked;
   bool gae;  // else discounted returns, from grad_returns
   double gamma, lam_value;
-  int threads;
+  Place place;
 };
 
 struct AffineArgs {
@@ -75,7 +94,7 @@ struct AffineArgs {
   Operand decay, x, initial, y;
   double decay_value;  // used where decay is null
   bool reverse;
-  int threads;
+  Place place;
 };
 
 // Both 64-byte aligned; whole pieces of 256 KiB are copied.
@@ -83,7 +102,7 @@ struct CopyArgs {
   const void* from;
   void* to;
   int64_t bytes;
-  int threads;
+  Place place;
 };
 
 // y is the forward result; d_decay is per token, or (B,) summed over the row.
@@ -93,7 +112,7 @@ struct AffineGradArgs {
   Operand d_decay, d_x, d_initial;
   double decay_value;
   bool reverse;
-  int threads;
+  Place place;
 };
 
 // Rows by group: group g holds rows order[offsets[g]], ..., order[offsets[g + 1] - 1].
@@ -145,7 +164,7 @@ struct GroupAdvantageArgs {
   WhitenOptions whiten_options;
   Operand components, component_weights;
   double f_norm;
-  int threads;
+  Place place;
 };
 
 // Rewards to go less a baseline per group and column. by_token: a column is a number among a row's valid tokens.
@@ -156,7 +175,7 @@ struct TokenBaselineArgs {
   Groups groups;
   bool by_token, zero_tail;
   double eps;
-  int threads;
+  Place place;
 };
 
 // kl: the value; else d_log_prob and d_ref_log_prob from grad. With old_log_prob both are weighted.
@@ -165,7 +184,7 @@ struct KlArgs {
   Operand kl, d_log_prob, d_ref_log_prob;
   KlOptions options;
   double weight_max;  // infinite = off
-  int threads;
+  Place place;
 };
 
 // rewards - kl_coef * KL at valid tokens. per_row: one reward a row, clipped, at the last valid token.
@@ -175,13 +194,13 @@ struct RewardArgs {
   bool per_row;
   double kl_coef, clip_low, clip_high;
   KlOptions options;
-  int threads;
+  Place place;
 };
 struct RewardGradArgs {  // of per-row rewards
   Rows rows;
   Operand grad, rewards, mask, d_rewards;
   double clip_low, clip_high;
-  int threads;
+  Place place;
 };
 
 // How a loss adds up. What is local is counted by the kernel.
@@ -208,7 +227,7 @@ struct PolicyLossArgs {
   AggOptions agg;
   KlOptions kl;
   double kl_coef, entropy_coeff;
-  int threads;
+  Place place;
 };
 
 // A variant of the policy loss: the function of a token, what its ratio is of, its own numbers (rlkern/policy.py).
@@ -229,7 +248,7 @@ struct PolicySelectArgs {
   Operand selected, counts;
   bool largest;  // kl-cov
   double numbers[4];
-  int threads;
+  Place place;
 };
 
 enum ValueSum { kVTokens, kVSequences, kVClipped, kVPredictions, kVLoss, kVNonfinite, kValueSums };
@@ -241,13 +260,13 @@ struct ValueLossArgs {
   double range;  // infinite = off, values unread
   double delta;  // Huber's, infinite = off
   AggOptions agg;
-  int threads;
+  Place place;
 };
 
 // out = x * factor, 0 where x is 0; factor is one number.
 struct ScaleArgs {
   Operand x, factor, out;
-  int threads;
+  Place place;
 };
 
 // ---- rollout correction ---------------------------------------------------------------------------------------------
@@ -277,7 +296,7 @@ struct CorrectionArgs {
   int options;
   Rejection option[kMaxRejections];
   bool probabilities;
-  int threads;
+  Place place;
 };
 
 enum class Gating : int32_t { ratio, binary_kl, tv };
@@ -294,7 +313,7 @@ struct ImportanceArgs {
   double low, high;
   OnNan nan;
   double padding;
-  int threads;
+  Place place;
 };
 
 // ---- whiten: one row of statistics a row (by_row), or one for all rows --------------------------------------------------
@@ -307,7 +326,7 @@ struct ReduceArgs {
   Operand result, moments;  // outputs; for Reduce::moments the result is the moments
   Reduce kind;
   bool by_row, unbiased;
-  int threads;
+  Place place;
 };
 
 struct ReduceGradArgs {
@@ -316,7 +335,7 @@ struct ReduceGradArgs {
   Operand d_values;
   Reduce kind;
   bool by_row, unbiased;
-  int threads;
+  Place place;
 };
 
 struct WhitenArgs {
@@ -326,7 +345,7 @@ struct WhitenArgs {
   bool by_row, given;
   bool at_least_one;  // divide by max(count, 1)
   WhitenOptions options;
-  int threads;
+  Place place;
 };
 
 struct WhitenGradArgs {
@@ -336,7 +355,7 @@ struct WhitenGradArgs {
   bool by_row, given;  // given: the moments are constants of d_values, with a gradient of their own
   bool at_least_one;
   WhitenOptions options;
-  int threads;
+  Place place;
 };
 
 }  // namespace rlkern

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The Python module: each function takes a raw op's arguments in the order of its schema (rlkern/library.py), then its
-// outputs, then the thread count.
+// outputs, then the place: a thread count, or a GPU's stream. Compiled twice, as _C and, by RLKERN_CUDA, as _C_cuda.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -24,7 +24,9 @@ RLKERN_ISAS(RLKERN_TABLE)
 namespace {
 
 bool runs(const std::string& isa) {
-#if defined(__x86_64__)
+#if defined(RLKERN_CUDA)
+  return isa == "cuda";
+#elif defined(__x86_64__)
   if (isa == "avx512")
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (isa == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -48,6 +50,12 @@ double run(double (*Kernels::*kernel)(const Args&), const Args& args) {
   return (chosen->*kernel)(args);
 }
 
+// An op is there where its kernel is: the CUDA module may lack some.
+template <class Kernel, class F>
+void def(py::module_& m, const char* op, Kernel kernel, F function) {
+  if (chosen->*kernel) m.def(op, function);
+}
+
 Operand either(const Operand& tokens, const Operand& per_row) { return tokens ? tokens : per_row; }
 
 using Range = std::array<double, 4>;
@@ -55,64 +63,64 @@ using Flags = std::optional<std::array<bool, 5>>;
 
 double gae_fwd(Tokens rewards, Tokens values, Tokens mask, PerRow bootstrap, PerRow lam_row, Tokens old_log_prob, Tokens ref_log_prob, Packed packed,
                Masked masked, double gamma, double lam, double kl_coef, const std::string& kl, const Range& kl_range, const Flags& whiten, double eps,
-               Tokens advantages, Tokens returns, int threads) {
+               Tokens advantages, Tokens returns, Place place) {
   const WhitenOptions options = whiten ? whiten_options(*whiten, eps) : WhitenOptions{};
   const KlOptions estimator = kl_options(kl, kl_range);
   return run(&Kernels::scan_fwd, ScanArgs{rows_of(rewards, packed), rewards, values, mask, bootstrap, lam_row, old_log_prob, ref_log_prob, advantages, returns,
-                                          masked, gamma, lam, kl_coef, estimator, whiten.has_value(), options, threads});
+                                          masked, gamma, lam, kl_coef, estimator, whiten.has_value(), options, place});
 }
 double returns_fwd(Tokens rewards, Tokens mask, PerRow bootstrap, Tokens old_log_prob, Tokens ref_log_prob, Packed packed, Masked masked, double gamma,
                    double kl_coef, const std::string& kl, const Range& kl_range, const Flags& whiten, double eps, Tokens advantages, Tokens returns,
-                   int threads) {
+                   Place place) {
   const WhitenOptions options = whiten ? whiten_options(*whiten, eps) : WhitenOptions{};
   const KlOptions estimator = kl_options(kl, kl_range);
   return run(&Kernels::scan_fwd, ScanArgs{rows_of(rewards, packed), rewards, Operand{}, mask, bootstrap, Operand{}, old_log_prob, ref_log_prob, advantages,
-                                          returns, masked, gamma, 0, kl_coef, estimator, whiten.has_value(), options, threads});
+                                          returns, masked, gamma, 0, kl_coef, estimator, whiten.has_value(), options, place});
 }
 double gae_bwd(Tokens grad_advantages, Tokens grad_returns, Tokens mask, PerRow lam_row, Packed packed, Masked masked, double gamma, double lam,
-               const std::array<bool, 3>&, Tokens d_rewards, Tokens d_values, PerRow d_bootstrap, int threads) {
+               const std::array<bool, 3>&, Tokens d_rewards, Tokens d_values, PerRow d_bootstrap, Place place) {
   return run(&Kernels::scan_bwd, ScanGradArgs{rows_of(grad_returns, packed), mask, lam_row, grad_advantages, grad_returns, d_rewards, d_values, d_bootstrap,
-                                              masked, true, gamma, lam, threads});
+                                              masked, true, gamma, lam, place});
 }
 double returns_bwd(Tokens grad_returns, Tokens mask, Packed packed, Masked masked, double gamma, const std::array<bool, 2>&, Tokens d_rewards,
-                   PerRow d_bootstrap, int threads) {
+                   PerRow d_bootstrap, Place place) {
   return run(&Kernels::scan_bwd, ScanGradArgs{rows_of(grad_returns, packed), mask, Operand{}, Operand{}, grad_returns, d_rewards, Operand{}, d_bootstrap,
-                                              masked, false, gamma, 0, threads});
+                                              masked, false, gamma, 0, place});
 }
-double affine_scan(Tokens decay, PerRow decay_row, Tokens x, PerRow initial, Packed packed, double decay_value, bool reverse, Tokens y, int threads) {
-  return run(&Kernels::affine_scan, AffineArgs{rows_of(x, packed), either(decay, decay_row), x, initial, y, decay_value, reverse, threads});
+double affine_scan(Tokens decay, PerRow decay_row, Tokens x, PerRow initial, Packed packed, double decay_value, bool reverse, Tokens y, Place place) {
+  return run(&Kernels::affine_scan, AffineArgs{rows_of(x, packed), either(decay, decay_row), x, initial, y, decay_value, reverse, place});
 }
 double affine_scan_bwd(Tokens grad, Tokens decay, PerRow decay_row, Tokens y, PerRow initial, Packed packed, double decay_value, bool reverse,
-                       const std::array<bool, 3>&, Tokens d_x, Tokens d_decay, PerRow d_initial, int threads) {
+                       const std::array<bool, 3>&, Tokens d_x, Tokens d_decay, PerRow d_initial, Place place) {
   return run(&Kernels::affine_scan_bwd,
-             AffineGradArgs{rows_of(y, packed), either(decay, decay_row), y, initial, grad, d_decay, d_x, d_initial, decay_value, reverse, threads});
+             AffineGradArgs{rows_of(y, packed), either(decay, decay_row), y, initial, grad, d_decay, d_x, d_initial, decay_value, reverse, place});
 }
 
 // ---- groups: `ids` serves the reference only ------------------------------------------------------------------------
 double group_mean_std_fwd(PerRow scores, py::handle, Tokens order, Tokens offsets, bool unbiased, double eps, Singleton singleton, bool omit, PerRow mean,
-                          PerRow std, int) {
+                          PerRow std, Place) {
   const GroupOptions options{Baseline::mean, true, unbiased, singleton, eps, omit};
   return run(&Kernels::group_mean_std, GroupMeanStdArgs{groups_of(order, offsets, scores.rows), scores, mean, std, options});
 }
 double group_mean_std_bwd(PerRow grad_mean, PerRow grad_std, PerRow scores, py::handle, Tokens order, Tokens offsets, bool unbiased, double eps,
-                          Singleton singleton, bool omit, PerRow d_scores, int) {
+                          Singleton singleton, bool omit, PerRow d_scores, Place) {
   const GroupOptions options{Baseline::mean, true, unbiased, singleton, eps, omit};
   return run(&Kernels::group_mean_std_bwd, GroupMeanStdGradArgs{groups_of(order, offsets, scores.rows), scores, grad_mean, grad_std, d_scores, options});
 }
 double group_normalize_fwd(PerRow scores, PerRow lengths, py::handle, Tokens order, Tokens offsets, Baseline baseline, bool scale, bool unbiased, double eps,
-                           Singleton singleton, bool omit, PerRow advantages, int) {
+                           Singleton singleton, bool omit, PerRow advantages, Place) {
   const GroupOptions options{baseline, scale, unbiased, singleton, eps, omit};
   return run(&Kernels::group_normalize, GroupNormalizeArgs{groups_of(order, offsets, scores.rows), scores, lengths, advantages, options});
 }
 double group_normalize_bwd(PerRow grad, PerRow scores, PerRow lengths, py::handle, Tokens order, Tokens offsets, Baseline baseline, bool scale, bool unbiased,
-                           double eps, Singleton singleton, bool omit, PerRow d_scores, int) {
+                           double eps, Singleton singleton, bool omit, PerRow d_scores, Place) {
   const GroupOptions options{baseline, scale, unbiased, singleton, eps, omit};
   return run(&Kernels::group_normalize_bwd, GroupNormalizeGradArgs{groups_of(order, offsets, scores.rows), scores, lengths, grad, d_scores, options});
 }
 // Without an order `ids` are raw labels: small batches are spared the tensors of a GroupIndex.
 double group_advantage_fwd(Tokens rewards, Tokens mask, py::handle ids, std::optional<Tokens> order, Tokens offsets, Packed packed, Baseline baseline,
                            bool scale, double eps, Singleton singleton, const Flags& whiten, double whiten_eps, Tokens components, PerRow component_weights,
-                           double f_norm, Tokens advantages, int threads) {
+                           double f_norm, Tokens advantages, Place place) {
   const GroupOptions options{baseline, scale, true, singleton, eps, false};
   const WhitenOptions whitening = whiten ? whiten_options(*whiten, whiten_eps) : WhitenOptions{};
   const Rows rows = rows_of(rewards, packed);
@@ -126,14 +134,14 @@ double group_advantage_fwd(Tokens rewards, Tokens mask, py::handle ids, std::opt
     if (!group_labels(ids.ptr(), rows.count, memory.data(), found)) throw py::error_already_set();
     groups = {found.order, found.offsets, found.groups};
   }
-  return run(&Kernels::group_advantage, GroupAdvantageArgs{rows, rewards, mask, advantages, groups, options, whiten.has_value(), whitening, components,
-                                                           component_weights, f_norm, threads});
+  return run(&Kernels::group_advantage,
+             GroupAdvantageArgs{rows, rewards, mask, advantages, groups, options, whiten.has_value(), whitening, components, component_weights, f_norm, place});
 }
 double token_baseline_fwd(Tokens rewards, Tokens mask, Tokens old_log_prob, Tokens sum_pi_squared, Tokens weights, py::handle, Tokens order, Tokens offsets,
-                          Packed packed, bool by_token, bool zero_tail, double eps, Tokens advantages, Tokens returns, int threads) {
+                          Packed packed, bool by_token, bool zero_tail, double eps, Tokens advantages, Tokens returns, Place place) {
   const Rows rows = rows_of(rewards, packed);
   return run(&Kernels::token_baseline, TokenBaselineArgs{rows, rewards, mask, old_log_prob, sum_pi_squared, weights, advantages, returns,
-                                                         groups_of(order, offsets, rows.count), by_token, zero_tail, eps, threads});
+                                                         groups_of(order, offsets, rows.count), by_token, zero_tail, eps, place});
 }
 int64_t labels_to_ids(py::handle labels, int64_t n, uintptr_t memory) {
   LabelGroups found;
@@ -143,21 +151,21 @@ int64_t labels_to_ids(py::handle labels, int64_t n, uintptr_t memory) {
 
 // ---- kl ------------------------------------------------------------------------------------------------------------
 double kl_penalty_fwd(Tokens log_prob, Tokens ref_log_prob, Tokens old_log_prob, const std::string& kl, const Range& kl_range, double weight_max, Tokens value,
-                      int threads) {
-  return run(&Kernels::kl, KlArgs{log_prob, ref_log_prob, old_log_prob, Operand{}, value, Operand{}, Operand{}, kl_options(kl, kl_range), weight_max, threads});
+                      Place place) {
+  return run(&Kernels::kl, KlArgs{log_prob, ref_log_prob, old_log_prob, Operand{}, value, Operand{}, Operand{}, kl_options(kl, kl_range), weight_max, place});
 }
 double kl_penalty_bwd(Tokens grad, Tokens log_prob, Tokens ref_log_prob, Tokens old_log_prob, const std::string& kl, const Range& kl_range, double weight_max,
-                      const std::array<bool, 2>&, Tokens d_log_prob, Tokens d_ref_log_prob, int threads) {
+                      const std::array<bool, 2>&, Tokens d_log_prob, Tokens d_ref_log_prob, Place place) {
   return run(&Kernels::kl,
-             KlArgs{log_prob, ref_log_prob, old_log_prob, grad, Operand{}, d_log_prob, d_ref_log_prob, kl_options(kl, kl_range), weight_max, threads});
+             KlArgs{log_prob, ref_log_prob, old_log_prob, grad, Operand{}, d_log_prob, d_ref_log_prob, kl_options(kl, kl_range), weight_max, place});
 }
 double shape_rewards_fwd(Tokens rewards, PerRow scores, Tokens old_log_prob, Tokens ref_log_prob, Tokens mask, Packed packed, double kl_coef,
-                         const std::string& kl, const Range& kl_range, const std::array<double, 2>& clip, Tokens out, int threads) {
+                         const std::string& kl, const Range& kl_range, const std::array<double, 2>& clip, Tokens out, Place place) {
   return run(&Kernels::shape_rewards, RewardArgs{rows_of(old_log_prob, packed), either(rewards, scores), old_log_prob, ref_log_prob, mask, out,
-                                                 static_cast<bool>(scores), kl_coef, clip[0], clip[1], kl_options(kl, kl_range), threads});
+                                                 static_cast<bool>(scores), kl_coef, clip[0], clip[1], kl_options(kl, kl_range), place});
 }
-double shape_rewards_bwd(Tokens grad, PerRow scores, Tokens mask, Packed packed, const std::array<double, 2>& clip, PerRow d_scores, int threads) {
-  return run(&Kernels::shape_rewards_bwd, RewardGradArgs{rows_of(grad, packed), grad, scores, mask, d_scores, clip[0], clip[1], threads});
+double shape_rewards_bwd(Tokens grad, PerRow scores, Tokens mask, Packed packed, const std::array<double, 2>& clip, PerRow d_scores, Place place) {
+  return run(&Kernels::shape_rewards_bwd, RewardGradArgs{rows_of(grad, packed), grad, scores, mask, d_scores, clip[0], clip[1], place});
 }
 
 // ---- loss ----------------------------------------------------------------------------------------------------------
@@ -166,23 +174,23 @@ double shape_rewards_bwd(Tokens grad, PerRow scores, Tokens mask, Packed packed,
 AggOptions agg_options(Agg mode, std::array<double, 4> n, const PerRow& counts) {
   const bool local_tokens = std::isnan(n[1]), local_sequences = std::isnan(n[2]);
   for (size_t i = 0; i < n.size(); ++i)
-    if (counts && n[i] == -std::numeric_limits<double>::infinity()) n[i] = static_cast<const double*>(counts.data)[i];
+    if (counts && kHostReads && n[i] == -std::numeric_limits<double>::infinity()) n[i] = static_cast<const double*>(counts.data)[i];
   return {mode, n[0], n[1], n[2], n[3], local_tokens, local_sequences};
 }
 double policy_loss_fwd(Tokens old_log_prob, Tokens log_prob, Tokens advantages, PerRow advantages_row, Tokens mask, Tokens weights, PerRow weights_row,
                        Tokens ref_log_prob, Tokens entropy, PerRow counts, Packed packed, const std::array<double, 4>& clip, Agg mode,
                        const std::array<double, 4>& numbers, const std::string& kl, const Range& kl_range, const std::array<double, 2>& coefs, py::handle,
-                       py::handle, Tokens loss, Tokens sums, Tokens maxes, Tokens d_log_prob, Tokens d_entropy, int threads) {
+                       py::handle, Tokens loss, Tokens sums, Tokens maxes, Tokens d_log_prob, Tokens d_entropy, Place place) {
   const PolicyClipOptions options{clip[0], clip[1], clip[2], clip[3]};
   return run(&Kernels::policy_loss, PolicyLossArgs{rows_of(log_prob, packed), old_log_prob, log_prob, either(advantages, advantages_row), mask,
                                                    either(weights, weights_row), ref_log_prob, entropy, loss, sums, maxes, d_log_prob, d_entropy, options,
-                                                   agg_options(mode, numbers, counts), kl_options(kl, kl_range), coefs[0], coefs[1], threads});
+                                                   agg_options(mode, numbers, counts), kl_options(kl, kl_range), coefs[0], coefs[1], place});
 }
 double policy_variant_fwd(Tokens old_log_prob, Tokens log_prob, Tokens advantages, PerRow advantages_row, Tokens mask, Tokens weights, PerRow weights_row,
                           Tokens ref_log_prob, Tokens entropy, Tokens selected, Tokens behave, PerRow counts, Packed packed, PolicyKind kind, Level level,
                           const std::array<bool, 2>& flags, const std::array<double, 8>& clip, Agg mode, const std::array<double, 4>& numbers,
                           const std::string& kl, const Range& kl_range, const std::array<double, 2>& coefs, py::handle, py::handle, Tokens loss, Tokens sums,
-                          Tokens maxes, Tokens d_log_prob, Tokens d_entropy, int threads) {
+                          Tokens maxes, Tokens d_log_prob, Tokens d_entropy, Place place) {
   const PolicyClipOptions options{clip[0], clip[1], clip[2], clip[3]};
   const PolicyLossArgs base{rows_of(log_prob, packed),
                             old_log_prob,
@@ -202,22 +210,22 @@ double policy_variant_fwd(Tokens old_log_prob, Tokens log_prob, Tokens advantage
                             kl_options(kl, kl_range),
                             coefs[0],
                             coefs[1],
-                            threads};
+                            place};
   return run(&Kernels::policy_variant, PolicyVariantArgs{base, selected, behave, kind, level, flags[0], flags[1], {clip[4], clip[5], clip[6], clip[7]}});
 }
 double policy_select_fwd(Tokens old_log_prob, Tokens log_prob, Tokens advantages, PerRow advantages_row, Tokens mask, Packed packed, const std::string& kind,
-                         const std::vector<double>& numbers, Tokens selected, Tokens counts, int threads) {
+                         const std::vector<double>& numbers, Tokens selected, Tokens counts, Place place) {
   PolicySelectArgs args{rows_of(log_prob, packed), old_log_prob, log_prob, either(advantages, advantages_row), mask, selected, counts,
-                        kind == "kl_cov",          {},           threads};
+                        kind == "kl_cov",          {},           place};
   for (size_t i = 0; i < numbers.size() && i < 4; ++i) args.numbers[i] = numbers[i];
   return run(&Kernels::policy_select, args);
 }
 double value_loss_fwd(Tokens vpreds, Tokens returns, Tokens values, Tokens mask, PerRow counts, Packed packed, double range, double delta, Agg mode,
-                      const std::array<double, 4>& numbers, py::handle, py::handle, Tokens loss, Tokens sums, Tokens maxes, Tokens d_vpreds, int threads) {
+                      const std::array<double, 4>& numbers, py::handle, py::handle, Tokens loss, Tokens sums, Tokens maxes, Tokens d_vpreds, Place place) {
   return run(&Kernels::value_loss, ValueLossArgs{rows_of(vpreds, packed), vpreds, returns, values, mask, loss, sums, maxes, d_vpreds, range, delta,
-                                                 agg_options(mode, numbers, counts), threads});
+                                                 agg_options(mode, numbers, counts), place});
 }
-double scale_fwd(Tokens x, Tokens factor, py::handle, Tokens out, int threads) { return run(&Kernels::scale, ScaleArgs{x, factor, out, threads}); }
+double scale_fwd(Tokens x, Tokens factor, py::handle, Tokens out, Place place) { return run(&Kernels::scale, ScaleArgs{x, factor, out, place}); }
 
 // ---- rollout correction --------------------------------------------------------------------------------------------
 // "token_k1,seq_mean_k3" and two limits each.
@@ -237,54 +245,54 @@ int rejections(const std::string& options, const std::vector<double>& limits, Re
 }
 double rollout_correction_fwd(Tokens old_log_prob, Tokens rollout_log_prob, Tokens mask, Packed packed, WeightLevel level, bool icepop,
                               const std::array<double, 2>& range, const std::string& options, const std::vector<double>& limits, bool probabilities, py::handle,
-                              Tokens weights, Tokens modified, Tokens table, int threads) {
+                              Tokens weights, Tokens modified, Tokens table, Place place) {
   CorrectionArgs a{};
   a.rows = rows_of(old_log_prob, packed), a.old_log_prob = old_log_prob, a.rollout_log_prob = rollout_log_prob, a.mask = mask;
   a.weights = weights, a.modified = modified, a.table = table;
-  a.level = level, a.icepop = icepop, a.low = range[0], a.high = range[1], a.probabilities = probabilities, a.threads = threads;
+  a.level = level, a.icepop = icepop, a.low = range[0], a.high = range[1], a.probabilities = probabilities, a.place = place;
   a.options = rejections(options, limits, a.option);
   return run(&Kernels::rollout_correction, a);
 }
 double importance_weights_fwd(Tokens old_log_prob, Tokens rollout_log_prob, Tokens mask, Packed packed, Gating gating, GateUnit unit, bool per_row, bool clip,
-                              const std::array<double, 2>& bounds, OnNan nan, double padding, py::handle, Tokens weights, Tokens table, int threads) {
+                              const std::array<double, 2>& bounds, OnNan nan, double padding, py::handle, Tokens weights, Tokens table, Place place) {
   return run(&Kernels::importance_weights, ImportanceArgs{rows_of(old_log_prob, packed), old_log_prob, rollout_log_prob, mask, weights, table, gating, unit,
-                                                          per_row, clip, bounds[0], bounds[1], nan, padding, threads});
+                                                          per_row, clip, bounds[0], bounds[1], nan, padding, place});
 }
 
 // ---- whiten ----------------------------------------------------------------------------------------------------------
 template <Reduce kind>
-double masked_reduce(Tokens values, Tokens mask, Packed packed, bool by_row, bool unbiased, bool, Tokens result, Tokens moments, int threads) {
+double masked_reduce(Tokens values, Tokens mask, Packed packed, bool by_row, bool unbiased, bool, Tokens result, Tokens moments, Place place) {
   const Operand first = kind == Reduce::moments ? Operand{} : result;
   return run(&Kernels::masked_reduce,
-             ReduceArgs{rows_of(values, packed), values, mask, first, kind == Reduce::moments ? result : moments, kind, by_row, unbiased, threads});
+             ReduceArgs{rows_of(values, packed), values, mask, first, kind == Reduce::moments ? result : moments, kind, by_row, unbiased, place});
 }
 template <Reduce kind>
-double masked_reduce_bwd(Tokens grad, Tokens values, Tokens mask, Packed packed, Tokens moments, bool by_row, bool unbiased, Tokens d_values, int threads) {
-  return run(&Kernels::masked_reduce_bwd, ReduceGradArgs{rows_of(values, packed), grad, mask, values, moments, d_values, kind, by_row, unbiased, threads});
+double masked_reduce_bwd(Tokens grad, Tokens values, Tokens mask, Packed packed, Tokens moments, bool by_row, bool unbiased, Tokens d_values, Place place) {
+  return run(&Kernels::masked_reduce_bwd, ReduceGradArgs{rows_of(values, packed), grad, mask, values, moments, d_values, kind, by_row, unbiased, place});
 }
 using WhitenFlags = std::array<bool, 5>;
 template <bool by_row>  // masked_whiten, or masked_normalize
-double whiten_fwd(Tokens values, Tokens mask, Packed packed, const WhitenFlags& flags, double eps, bool, Tokens out, Tokens moments, int threads) {
-  return run(&Kernels::whiten_fwd, WhitenArgs{rows_of(values, packed), values, mask, moments, out, by_row, false, by_row, whiten_options(flags, eps), threads});
+double whiten_fwd(Tokens values, Tokens mask, Packed packed, const WhitenFlags& flags, double eps, bool, Tokens out, Tokens moments, Place place) {
+  return run(&Kernels::whiten_fwd, WhitenArgs{rows_of(values, packed), values, mask, moments, out, by_row, false, by_row, whiten_options(flags, eps), place});
 }
 template <bool by_row>
-double whiten_bwd(Tokens grad, Tokens values, Tokens mask, Packed packed, Tokens moments, const WhitenFlags& flags, double eps, Tokens d_values, int threads) {
+double whiten_bwd(Tokens grad, Tokens values, Tokens mask, Packed packed, Tokens moments, const WhitenFlags& flags, double eps, Tokens d_values, Place place) {
   return run(&Kernels::whiten_bwd, WhitenGradArgs{rows_of(values, packed), grad, values, mask, moments, d_values, Operand{}, by_row, false, by_row,
-                                                  whiten_options(flags, eps), threads});
+                                                  whiten_options(flags, eps), place});
 }
-double whiten_apply(Tokens values, Tokens mask, Packed packed, Tokens moments, const WhitenFlags& flags, double eps, bool by_row, Tokens out, int threads) {
-  return run(&Kernels::whiten_fwd, WhitenArgs{rows_of(values, packed), values, mask, moments, out, by_row, true, false, whiten_options(flags, eps), threads});
+double whiten_apply(Tokens values, Tokens mask, Packed packed, Tokens moments, const WhitenFlags& flags, double eps, bool by_row, Tokens out, Place place) {
+  return run(&Kernels::whiten_fwd, WhitenArgs{rows_of(values, packed), values, mask, moments, out, by_row, true, false, whiten_options(flags, eps), place});
 }
 double whiten_apply_bwd(Tokens grad, Tokens values, Tokens mask, Packed packed, Tokens moments, const WhitenFlags& flags, double eps, bool by_row,
-                        const std::array<bool, 2>&, Tokens d_values, Tokens d_moments, int threads) {
-  return run(&Kernels::whiten_bwd, WhitenGradArgs{rows_of(values, packed), grad, values, mask, moments, d_values, d_moments, by_row, true, false,
-                                                  whiten_options(flags, eps), threads});
+                        const std::array<bool, 2>&, Tokens d_values, Tokens d_moments, Place place) {
+  return run(&Kernels::whiten_bwd,
+             WhitenGradArgs{rows_of(values, packed), grad, values, mask, moments, d_values, d_moments, by_row, true, false, whiten_options(flags, eps), place});
 }
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "rlkern's CPU kernels, by address.";
+PYBIND11_MODULE(RLKERN_MODULE, m) {
+  m.doc() = "rlkern's kernels, by address.";
   m.def("register_torch", [](const py::list& l, py::handle tensor, py::handle parameter, const py::object& exchange_api) {
     for (int i = 0; i < kDtypes; ++i) dtypes[i] = py::object(l[static_cast<size_t>(i)]).release().ptr();
     tensor_types[0] = reinterpret_cast<PyTypeObject*>(tensor.ptr()), tensor_types[1] = reinterpret_cast<PyTypeObject*>(parameter.ptr());
@@ -305,46 +313,48 @@ PYBIND11_MODULE(_C, m) {
       if (isa == t->isa && runs(isa)) return chosen = t, true;
     return isa.empty() ? (chosen = widest(), true) : false;
   });
+#if !defined(RLKERN_CUDA)
   m.def("huge_pages", [](uintptr_t address, size_t bytes) { advise_huge_pages(address, bytes); });
-  m.def("stream_copy", [](uintptr_t to, uintptr_t from, int64_t bytes, int threads) {
-    return run(&Kernels::stream_copy, CopyArgs{reinterpret_cast<const void*>(from), reinterpret_cast<void*>(to), bytes, threads});
+  m.def("stream_copy", [](uintptr_t to, uintptr_t from, int64_t bytes, Place place) {
+    return run(&Kernels::stream_copy, CopyArgs{reinterpret_cast<const void*>(from), reinterpret_cast<void*>(to), bytes, place});
   });
-  m.def("_gae_fwd", gae_fwd);
-  m.def("_gae_bwd", gae_bwd);
-  m.def("_discounted_returns_fwd", returns_fwd);
-  m.def("_discounted_returns_bwd", returns_bwd);
-  m.def("_affine_scan_fwd", affine_scan);
-  m.def("_affine_scan_bwd", affine_scan_bwd);
+#endif
+  def(m, "_gae_fwd", &Kernels::scan_fwd, gae_fwd);
+  def(m, "_gae_bwd", &Kernels::scan_bwd, gae_bwd);
+  def(m, "_discounted_returns_fwd", &Kernels::scan_fwd, returns_fwd);
+  def(m, "_discounted_returns_bwd", &Kernels::scan_bwd, returns_bwd);
+  def(m, "_affine_scan_fwd", &Kernels::affine_scan, affine_scan);
+  def(m, "_affine_scan_bwd", &Kernels::affine_scan_bwd, affine_scan_bwd);
   m.def("group_labels", labels_to_ids);
-  m.def("_group_mean_std_fwd", group_mean_std_fwd);
-  m.def("_group_mean_std_bwd", group_mean_std_bwd);
-  m.def("_group_normalize_fwd", group_normalize_fwd);
-  m.def("_group_normalize_bwd", group_normalize_bwd);
-  m.def("_group_advantage_fwd", group_advantage_fwd);
-  m.def("_optimal_token_baseline_fwd", token_baseline_fwd);
-  m.def("_kl_penalty_fwd", kl_penalty_fwd);
-  m.def("_kl_penalty_bwd", kl_penalty_bwd);
-  m.def("_shape_rewards_fwd", shape_rewards_fwd);
-  m.def("_shape_rewards_bwd", shape_rewards_bwd);
-  m.def("_policy_loss_fwd", policy_loss_fwd);
-  m.def("_policy_variant_fwd", policy_variant_fwd);
-  m.def("_policy_select_fwd", policy_select_fwd);
-  m.def("_value_loss_fwd", value_loss_fwd);
-  m.def("_scale_fwd", scale_fwd);
-  m.def("_rollout_correction_fwd", rollout_correction_fwd);
-  m.def("_importance_weights_fwd", importance_weights_fwd);
-  m.def("_masked_sum_fwd", masked_reduce<Reduce::sum>);
-  m.def("_masked_sum_bwd", masked_reduce_bwd<Reduce::sum>);
-  m.def("_masked_mean_fwd", masked_reduce<Reduce::mean>);
-  m.def("_masked_mean_bwd", masked_reduce_bwd<Reduce::mean>);
-  m.def("_masked_var_fwd", masked_reduce<Reduce::var>);
-  m.def("_masked_var_bwd", masked_reduce_bwd<Reduce::var>);
-  m.def("_masked_moments_fwd", masked_reduce<Reduce::moments>);
-  m.def("_masked_moments_bwd", masked_reduce_bwd<Reduce::moments>);
-  m.def("_masked_whiten_fwd", whiten_fwd<false>);
-  m.def("_masked_whiten_bwd", whiten_bwd<false>);
-  m.def("_masked_normalize_fwd", whiten_fwd<true>);
-  m.def("_masked_normalize_bwd", whiten_bwd<true>);
-  m.def("_whiten_apply_fwd", whiten_apply);
-  m.def("_whiten_apply_bwd", whiten_apply_bwd);
+  def(m, "_group_mean_std_fwd", &Kernels::group_mean_std, group_mean_std_fwd);
+  def(m, "_group_mean_std_bwd", &Kernels::group_mean_std_bwd, group_mean_std_bwd);
+  def(m, "_group_normalize_fwd", &Kernels::group_normalize, group_normalize_fwd);
+  def(m, "_group_normalize_bwd", &Kernels::group_normalize_bwd, group_normalize_bwd);
+  def(m, "_group_advantage_fwd", &Kernels::group_advantage, group_advantage_fwd);
+  def(m, "_optimal_token_baseline_fwd", &Kernels::token_baseline, token_baseline_fwd);
+  def(m, "_kl_penalty_fwd", &Kernels::kl, kl_penalty_fwd);
+  def(m, "_kl_penalty_bwd", &Kernels::kl, kl_penalty_bwd);
+  def(m, "_shape_rewards_fwd", &Kernels::shape_rewards, shape_rewards_fwd);
+  def(m, "_shape_rewards_bwd", &Kernels::shape_rewards_bwd, shape_rewards_bwd);
+  def(m, "_policy_loss_fwd", &Kernels::policy_loss, policy_loss_fwd);
+  def(m, "_policy_variant_fwd", &Kernels::policy_variant, policy_variant_fwd);
+  def(m, "_policy_select_fwd", &Kernels::policy_select, policy_select_fwd);
+  def(m, "_value_loss_fwd", &Kernels::value_loss, value_loss_fwd);
+  def(m, "_scale_fwd", &Kernels::scale, scale_fwd);
+  def(m, "_rollout_correction_fwd", &Kernels::rollout_correction, rollout_correction_fwd);
+  def(m, "_importance_weights_fwd", &Kernels::importance_weights, importance_weights_fwd);
+  def(m, "_masked_sum_fwd", &Kernels::masked_reduce, masked_reduce<Reduce::sum>);
+  def(m, "_masked_sum_bwd", &Kernels::masked_reduce_bwd, masked_reduce_bwd<Reduce::sum>);
+  def(m, "_masked_mean_fwd", &Kernels::masked_reduce, masked_reduce<Reduce::mean>);
+  def(m, "_masked_mean_bwd", &Kernels::masked_reduce_bwd, masked_reduce_bwd<Reduce::mean>);
+  def(m, "_masked_var_fwd", &Kernels::masked_reduce, masked_reduce<Reduce::var>);
+  def(m, "_masked_var_bwd", &Kernels::masked_reduce_bwd, masked_reduce_bwd<Reduce::var>);
+  def(m, "_masked_moments_fwd", &Kernels::masked_reduce, masked_reduce<Reduce::moments>);
+  def(m, "_masked_moments_bwd", &Kernels::masked_reduce_bwd, masked_reduce_bwd<Reduce::moments>);
+  def(m, "_masked_whiten_fwd", &Kernels::whiten_fwd, whiten_fwd<false>);
+  def(m, "_masked_whiten_bwd", &Kernels::whiten_bwd, whiten_bwd<false>);
+  def(m, "_masked_normalize_fwd", &Kernels::whiten_fwd, whiten_fwd<true>);
+  def(m, "_masked_normalize_bwd", &Kernels::whiten_bwd, whiten_bwd<true>);
+  def(m, "_whiten_apply_fwd", &Kernels::whiten_fwd, whiten_apply);
+  def(m, "_whiten_apply_bwd", &Kernels::whiten_bwd, whiten_apply_bwd);
 }

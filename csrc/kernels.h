@@ -31,7 +31,19 @@
   X(whiten_fwd, WhitenArgs)                      \
   X(whiten_bwd, WhitenGradArgs)
 
-#if defined(__x86_64__)
+// Those that csrc/cuda has.
+#define RLKERN_CUDA_KERNELS(X)         \
+  X(kl, KlArgs)                        \
+  X(shape_rewards, RewardArgs)         \
+  X(shape_rewards_bwd, RewardGradArgs) \
+  X(whiten_fwd, WhitenArgs)            \
+  X(masked_reduce, ReduceArgs)         \
+  X(masked_reduce_bwd, ReduceGradArgs) \
+  X(whiten_bwd, WhitenGradArgs)
+
+#if defined(RLKERN_CUDA)
+#define RLKERN_ISAS(X) X(cuda)
+#elif defined(__x86_64__)
 #define RLKERN_ISAS(X) X(base) X(avx2) X(avx512)  // the widest last
 #else
 #define RLKERN_ISAS(X) X(base)

@@ -15,6 +15,12 @@ namespace py = pybind11;
 
 namespace rlkern {
 
+#if defined(RLKERN_CUDA)
+constexpr bool kHostReads = false;  // addresses are the device's
+#else
+constexpr bool kHostReads = true;
+#endif
+
 constexpr int kDtypes = 8;
 inline PyObject* dtypes[kDtypes] = {};  // torch.float32, ... in the order of enum Dtype; set once by rlkern/backends.py
 
@@ -126,7 +132,7 @@ inline bool offsets_fit(const Packed& packed, int64_t total) {
 }
 inline Rows rows_of(const Operand& x, const Packed& packed) {
   if (!packed.cu) return {x.rows, x.cols, nullptr};
-  if (!offsets_fit(packed, x.cols))
+  if (kHostReads && !offsets_fit(packed, x.cols))
     throw py::value_error("rlkern: cu_seqlens must run from 0 to the number of tokens without falling. It is a cumulative sum.");
   return {packed.count, 0, packed.cu};
 }
@@ -148,9 +154,10 @@ inline Groups groups_of(const Tokens& order, const Tokens& offsets, int64_t rows
   const int64_t *row = static_cast<const int64_t*>(order.data), *of = static_cast<const int64_t*>(offsets.data);
   const int64_t groups = offsets.cols - 1;
   bool good = order.dtype == Dtype::i64 && offsets.dtype == Dtype::i64 && order.inner_stride == 1 && offsets.inner_stride == 1 && order.rows == 1 &&
-              offsets.rows == 1 && order.cols == rows && groups >= 0 && of[0] == 0 && of[groups] == rows;
-  for (int64_t g = 0; good && g < groups; ++g) good = of[g] <= of[g + 1];
-  for (int64_t i = 0; good && i < rows; ++i) good = static_cast<uint64_t>(row[i]) < static_cast<uint64_t>(rows);
+              offsets.rows == 1 && order.cols == rows && groups >= 0;
+  good = good && (!kHostReads || (of[0] == 0 && of[groups] == rows));
+  for (int64_t g = 0; kHostReads && good && g < groups; ++g) good = of[g] <= of[g + 1];
+  for (int64_t i = 0; kHostReads && good && i < rows; ++i) good = static_cast<uint64_t>(row[i]) < static_cast<uint64_t>(rows);
   if (!good)
     throw py::value_error("rlkern: index must be as rlkern.group_index made it; got order and offsets that do not fit the rows. Do not edit its tensors.");
   return {row, of, groups};
@@ -206,6 +213,18 @@ struct type_caster<rlkern::Packed> {
     return true;
   }
 };
+#if defined(RLKERN_CUDA)
+template <>
+struct type_caster<rlkern::Place> {
+  PYBIND11_TYPE_CASTER(rlkern::Place, const_name("tuple[int, int, int, int]"));
+  bool load(handle h, bool) {  // stream, device, memory, its bytes
+    if (!PyTuple_Check(h.ptr()) || PyTuple_GET_SIZE(h.ptr()) != 4) return false;
+    const auto at = [&](Py_ssize_t i) { return PyLong_AsLongLong(PyTuple_GET_ITEM(h.ptr(), i)); };
+    value = {reinterpret_cast<void*>(at(0)), static_cast<int>(at(1)), reinterpret_cast<void*>(at(2)), at(3)};
+    return !PyErr_Occurred();
+  }
+};
+#endif
 template <>
 struct type_caster<rlkern::Masked> {
   PYBIND11_TYPE_CASTER(rlkern::Masked, const_name("str"));

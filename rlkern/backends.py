@@ -23,13 +23,28 @@ _TORCH = tuple(int(x) for x in torch.__version__.split(".")[:2])
 
 logger = logging.getLogger("rlkern")
 
+
+def register(module: ModuleType) -> ModuleType:
+    """Tell a native module what a tensor is; it links no torch."""
+    module.register_torch(_DTYPES, Tensor, torch.nn.Parameter, getattr(Tensor, "__dlpack_c_exchange_api__", None))
+    return module
+
+
+# A module that is not there, or does not load, is a reason that `rlkern info` and `why_not` give.
 native: ModuleType | None = None
 native_error = ""
 try:
-    native = importlib.import_module("rlkern._C")
-    native.register_torch(_DTYPES, Tensor, torch.nn.Parameter, getattr(Tensor, "__dlpack_c_exchange_api__", None))
-except ImportError as error:  # pure-Python install: `rlkern info` and `why_not` give the reason
+    native = register(importlib.import_module("rlkern._C"))
+except ImportError as error:
     native_error = f"the native module is not there ({error}); install with a C++17 compiler and without RLKERN_NATIVE=0"
+cuda: ModuleType | None = None
+cuda_error = "the CUDA module is not built (RLKERN_CUDA=1)"
+try:
+    cuda = register(importlib.import_module("rlkern._C_cuda"))
+except ModuleNotFoundError:
+    pass
+except ImportError as error:
+    cuda_error = f"the CUDA module does not load ({error})"
 
 
 class BackendError(RuntimeError):
@@ -97,6 +112,17 @@ def _triton_reasons(op: str, device: str) -> list[str]:
     return reasons
 
 
+def _cuda_reasons(op: str, device: str) -> list[str]:
+    reasons = []
+    if cuda is None:
+        reasons.append(cuda_error)
+    elif not hasattr(cuda, op):
+        reasons.append(f"the CUDA module has no kernel for {op} yet")
+    if device != "cuda" or torch.version.hip is not None:
+        reasons.append(f"tensors are on {'ROCm' if device == 'cuda' else device}; the CUDA kernels run on NVIDIA's GPUs")
+    return reasons
+
+
 def why_not(backend: str, op: str, device: str, dtype: torch.dtype = torch.float32) -> list[str]:
     """Every reason why `backend` cannot run raw op `op` on tensors of that device and dtype; empty if it can."""
     reasons = []
@@ -112,8 +138,13 @@ def why_not(backend: str, op: str, device: str, dtype: torch.dtype = torch.float
     elif backend == "triton":
         reasons += _triton_reasons(op, device)
     elif backend == "cuda":
-        reasons.append("the CUDA module is not built (RLKERN_CUDA=1)")
+        reasons += _cuda_reasons(op, device)
     return reasons
+
+
+def _order(device: str) -> tuple[str, ...]:
+    """What `auto` tries before torch. Triton first: no results file shows a CUDA kernel to be at least as fast."""
+    return ("cpp",) if device == "cpu" else ("triton", "cuda")
 
 
 def _pick(choice: str, op: str, device: str, dtype: torch.dtype) -> int:
@@ -126,8 +157,7 @@ def _pick(choice: str, op: str, device: str, dtype: torch.dtype) -> int:
                 "Use backend 'auto' to let rlkern choose."
             )
         return NAMES.index(backend)
-    order = ("cpp",) if device == "cpu" else ("cuda", "triton")
-    return next((NAMES.index(b) for b in order if not why_not(b, op, device, dtype)), TORCH)
+    return next((NAMES.index(b) for b in _order(device) if not why_not(b, op, device, dtype)), TORCH)
 
 
 def pick(op: str, x: Tensor) -> int:
@@ -146,8 +176,7 @@ def log_fallback(op: str, device: str, dtype: torch.dtype) -> None:
     if _choice["backend"] != "auto" or op in _logged:
         return
     _logged.add(op)
-    tried = ("cpp",) if device == "cpu" else ("cuda", "triton")
-    reasons = [f"{b}: {r}" for b in tried for r in why_not(b, op, device, dtype)]
+    reasons = [f"{b}: {r}" for b in _order(device) for r in why_not(b, op, device, dtype)]
     logger.warning("rlkern: %s runs on the torch backend (correct, slower): %s", op.strip("_"), "; ".join(reasons))
 
 

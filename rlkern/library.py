@@ -2,7 +2,7 @@
 """Raw ops: one `define` each gives torch.library its schema, its fake and its implementations.
 
 A raw op's arguments are tensors, numbers, strings and, last, the backend's number; torch, cpp and interpreted Triton all
-run on CPU tensors, so the dispatcher's keys cannot tell them apart.
+run on CPU tensors, Triton and CUDA on a GPU's, so the dispatcher's keys cannot tell them apart.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlkern import backends
+from rlkern import backends, streams
 
 _LIBRARY = torch.library.Library("rlkern", "DEF")
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), float, int, bool, str, list, torch.dtype))
@@ -66,6 +66,8 @@ def run(op: Op, args: Sequence[Any], backend: int, out: Any = None) -> Any:
         return _run_native(op, args, out)
     if backend == backends.TRITON:
         return _run_triton(op, args, out)
+    if backend == backends.CUDA:
+        return _run_cuda(op, args, out)
     first = next(a for a in args if isinstance(a, Tensor))
     backends.log_fallback(op.name, first.device.type, first.dtype)
     result = op.reference(*args)
@@ -109,6 +111,16 @@ def _run_triton(op: Op, args: Sequence[Any], out: Any) -> Any:
     count = kernels.launcher(op.name)(*args, *[x if x.numel() else None for x in flat])
     if op.judge is not None and flat[0].device.type == "cpu":
         op.judge(float(count), *args)
+    return outs
+
+
+def _run_cuda(op: Op, args: Sequence[Any], out: Any) -> Any:
+    outs = op.alloc(*args) if out is None else out
+    flat = (outs,) if isinstance(outs, Tensor) else outs
+    device = flat[0].device
+    count = getattr(backends.cuda, op.name)(*args, *[x if x.numel() else None for x in flat], streams.place(device))
+    if op.judge is not None and device.type == "cpu":  # emulated
+        op.judge(count, *args)
     return outs
 
 

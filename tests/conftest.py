@@ -2,7 +2,11 @@
 """What every test shares: the backends of this machine, NaN in fresh buffers, hypothesis without a clock."""
 
 import functools
+import importlib.util
 import os
+import pathlib
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -38,6 +42,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("backend") == "cuda" and not torch.cuda.is_available():
+        _emulate_cuda(config)
     if config.getoption("backend") != "triton":
         return
     if torch.cuda.is_available():
@@ -45,6 +51,47 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is first imported: it decides what @triton.jit makes
     _hasten_interpreter()
+
+
+def _emulate_cuda(config: pytest.Config) -> None:
+    """Backend "cuda" from here on: csrc/cuda as C++ (tests/cuda_emulator), on CPU tensors, under AddressSanitizer."""
+    found = sorted((pathlib.Path(__file__).parents[1] / "build" / "emulated").glob("_C_cuda*.so"))
+    if not found:
+        raise pytest.UsageError("without a GPU, --backend cuda needs the emulated module: make emulated")
+    _under_sanitizer(config)
+    spec = importlib.util.spec_from_file_location("rlkern._C_cuda", found[0])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    backends.cuda, reasons = backends.register(module), backends._cuda_reasons
+    backends._cuda_reasons = lambda op, device: reasons(op, "cuda")
+    place = library.streams.place
+
+    def clean(device: torch.device) -> tuple[int, int, int, int]:
+        """A kernel leaves its counters zero: the next one asks whether the last one did."""
+        found = place(device)
+        if library.streams._memories[device, 0][: library.streams.COUNTERS].any():
+            raise AssertionError("a kernel has left a counter that is not 0")
+        return found
+
+    library.streams.place = clean
+    _hasten_gradcheck()
+
+
+def _under_sanitizer(config: pytest.Config) -> None:
+    """AddressSanitizer must be there before anything allocates: start again with it."""
+    libraries = [subprocess.run(["g++", f"-print-file-name={x}"], capture_output=True, text=True, check=True).stdout.strip()
+                 for x in ("libasan.so", "libstdc++.so")]  # fmt: skip
+    if libraries[0] in os.environ.get("LD_PRELOAD", ""):
+        return
+    config.pluginmanager.getplugin("capturemanager").stop_global_capturing()
+    env = {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | env)
+
+
+def _hasten_gradcheck() -> None:
+    """It launches a number of times per element: here random projections of the Jacobian."""
+    for name in ("gradcheck", "gradgradcheck"):
+        setattr(torch.autograd, name, functools.partial(getattr(torch.autograd, name), fast_mode=True))
 
 
 def _hasten_interpreter() -> None:
@@ -63,8 +110,7 @@ def _hasten_interpreter() -> None:
 
     InterpretedFunction.__call__ = fast
     numpy.seterr(all="ignore")  # it computes by numpy, which would say so at each NaN, infinity and underflow
-    for name in ("gradcheck", "gradgradcheck"):  # a number of launches per element: here random projections of the Jacobian
-        setattr(torch.autograd, name, functools.partial(getattr(torch.autograd, name), fast_mode=True))
+    _hasten_gradcheck()
     _hasten_scans()
     _fuse()
     _watch()

@@ -109,6 +109,31 @@ def test_backends_import_is_light():
     assert run(code).stdout.strip() == "[]"
 
 
+BROKEN = """
+import sys
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == "rlkern._C_cuda":
+            raise ImportError("libcuda.so.1: cannot open shared object file")
+sys.meta_path.insert(0, Finder())
+import rlkern
+print(rlkern.backends.why_not("cuda", "_kl_penalty_fwd", "cuda"))
+"""
+
+
+def test_backends_a_cuda_module_that_does_not_load_is_a_reason():
+    done = run(BROKEN)
+    assert done.stdout.strip() == "['the CUDA module does not load (libcuda.so.1: cannot open shared object file)']", done.stderr
+
+
+def test_backends_auto_prefers_what_was_measured(monkeypatch):
+    """Without a results file the CUDA kernels come second on a GPU; they come before the reference."""
+    tried = []
+    monkeypatch.setattr(backends, "why_not", lambda backend, op, device, dtype: tried.append(backend) or ["no"])
+    assert backends._pick("auto", "_kl_penalty_fwd", "cuda", torch.float32) == backends.TORCH
+    assert tried == ["triton", "cuda"]
+
+
 def test_backends_fake_tensors_go_through_the_dispatcher():
     from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -82,7 +82,7 @@ void affine_grad_row(const AffineGradArgs& a, int64_t r, bool stream) {
 template <class A>
 void all(const AffineArgs& a) {
   const bool stream = worth_streaming(a.rows.total(), 12);
-  parallel_rows(a.rows.count, a.rows.total(), a.threads, [&](int64_t begin, int64_t end) {
+  parallel_rows(a.rows.count, a.rows.total(), a.place, [&](int64_t begin, int64_t end) {
     for (int64_t r = end - 1; r >= begin; --r) a.reverse ? affine_row<A, true>(a, r, stream) : affine_row<A, false>(a, r, stream);
     if (stream) stream_fence();
   });
@@ -90,7 +90,7 @@ void all(const AffineArgs& a) {
 template <class A>
 void all_grads(const AffineGradArgs& a) {
   const bool stream = worth_streaming(a.rows.total(), 20);
-  parallel_rows(a.rows.count, a.rows.total(), a.threads, [&](int64_t begin, int64_t end) {
+  parallel_rows(a.rows.count, a.rows.total(), a.place, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) a.reverse ? affine_grad_row<A, true>(a, r, stream) : affine_grad_row<A, false>(a, r, stream);
     if (stream) stream_fence();
   });

@@ -304,7 +304,7 @@ double correction_all(const CorrectionArgs& a) {
   const int64_t rows = a.rows.count;
   const bool stream = worth_streaming(a.rows.total(), 28);
   double* table = static_cast<double*>(a.table.data);
-  parallel_rows(rows, a.rows.total(), a.threads, [&](int64_t begin, int64_t end) {
+  parallel_rows(rows, a.rows.total(), a.place, [&](int64_t begin, int64_t end) {
     int64_t longest = 0;
     for (int64_t r = begin; r < end; ++r) longest = a.rows.len(r) > longest ? a.rows.len(r) : longest;
     const int64_t most = longest / kLanes<A> + 1;

@@ -190,7 +190,7 @@ double advantage_all(const GroupAdvantageArgs& a) {
   Scratch<double> scores(rows), counts(keep ? rows : 0), values(rows);
   Scratch<uint16_t> lanes(keep ? KeptLanes::count(a.rows, kLanes<A>) : 0);
   const KeptLanes kept(a.rows, kLanes<A>, lanes.data);
-  parallel_rows(rows, total, a.threads, [&](int64_t begin, int64_t end) {
+  parallel_rows(rows, total, a.place, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       if (a.components) counts.data[r] = row_count<A>(a, r, kept.row(r));
       else scores.data[r] = keep ? row_sum_and_count<A>(a, r, kept.row(r), counts.data[r]) : row_sum<A>(a.rewards, a.rows, r);
@@ -204,7 +204,7 @@ double advantage_all(const GroupAdvantageArgs& a) {
     for (int64_t r = 0; r < rows; ++r) values.data[r] = (values.data[r] - m.mean) * rstd + (a.whiten_options.shift_mean ? 0.0 : m.mean);
     count = m.count;
   }
-  parallel_rows(rows, total, a.threads, [&](int64_t begin, int64_t end) {
+  parallel_rows(rows, total, a.place, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) broadcast_row<A>(a, r, values.data[r], stream, keep ? kept.row(r) : nullptr);
     if (stream) stream_fence();
   });

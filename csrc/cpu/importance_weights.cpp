@@ -87,7 +87,7 @@ void importance_row(const ImportanceArgs& a, int64_t r, bool stream) {
 template <class A>
 void importance_all(const ImportanceArgs& a) {
   const bool stream = worth_streaming(a.rows.total(), 20);
-  parallel_rows(a.rows.count, a.rows.total(), a.threads, [&](int64_t begin, int64_t end) {
+  parallel_rows(a.rows.count, a.rows.total(), a.place, [&](int64_t begin, int64_t end) {
     for (int64_t r = end - 1; r >= begin; --r) importance_row<A>(a, r, stream);
     if (stream) stream_fence();
   });

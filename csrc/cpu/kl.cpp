@@ -54,7 +54,7 @@ void kl_all(const KlArgs& a) {
   const bool stream = worth_streaming(rows.total(), (a.grad ? 20 : 12) + (Weighted ? 4 : 0));
   with_estimator(a.options.estimator, [&](auto e) {
     constexpr Kl E = decltype(e)::value;
-    chunks.each(a.threads, [&](int64_t c) {
+    chunks.each(a.place, [&](int64_t c) {
       chunks.pieces(c, [&](int64_t r, int64_t begin, int64_t end) {
         a.grad ? grad_piece<A, E, Weighted>(a, chunks.rows, r, begin, end, stream) : value_piece<A, E, Weighted>(a, chunks.rows, r, begin, end, stream);
       });
@@ -99,7 +99,7 @@ template <class A>
 void reward_all(const RewardArgs& a) {
   const bool stream = worth_streaming(a.rows.total(), 24);
   with_estimator(a.options.estimator, [&](auto e) {
-    parallel_rows(a.rows.count, a.rows.total(), a.threads, [&](int64_t begin, int64_t end) {
+    parallel_rows(a.rows.count, a.rows.total(), a.place, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) reward_row<A, decltype(e)::value>(a, r, stream);
       if (stream) stream_fence();
     });
@@ -109,7 +109,7 @@ void reward_all(const RewardArgs& a) {
 // d_reward of a row: the cotangent where its reward went, unless the clip moved it.
 template <class A>
 void placed_grad(const RewardGradArgs& a) {
-  parallel_rows(a.rows.count, a.rows.total(), a.threads, [&](int64_t begin, int64_t end) {
+  parallel_rows(a.rows.count, a.rows.total(), a.place, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const int64_t at = last_valid<A>(MaskRow(a.mask, a.rows, r), a.rows.len(r));
       const A reward = row_value<A>(a.rewards, r);

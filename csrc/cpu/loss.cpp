@@ -114,7 +114,7 @@ void scale_all(const ScaleArgs& a) {
   const Chunks chunks(one_row_if_gapless(Rows{a.x.rows, a.x.cols, nullptr}, a.x, a.out));
   const Vec<A> factor = splat(load_any<A>(a.factor.data, a.factor.dtype, 0, 1)[0]), zero{};
   const bool stream = worth_streaming(chunks.rows.total(), 8);
-  chunks.each(a.threads, [&](int64_t c) {
+  chunks.each(a.place, [&](int64_t c) {
     chunks.pieces(c, [&](int64_t r, int64_t begin, int64_t end) {
       const Column<A> x(a.x, chunks.rows, r);
       const OutColumn<A> out(a.out, chunks.rows, r, stream);

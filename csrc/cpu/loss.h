@@ -52,10 +52,10 @@ inline void sweep_rows(const Args& a, RowSums* sums, Row&& row) {
   const int64_t total = a.rows.total();
   const bool stream = worth_streaming(total, 24), first = counts_first(a.agg);
   const Counted counted(a.rows, kLanes<A>, first);
-  if (first) count_mask<A>(a.rows, a.mask, a.threads, counted, sums);
+  if (first) count_mask<A>(a.rows, a.mask, a.place, counted, sums);
   const Counts counts(sums, first ? a.rows.count : 0);
   const AggWeights agg(a.agg, counts.tokens, counts.sequences);
-  parallel_rows(a.rows.count, total, a.threads, [&](int64_t begin, int64_t end) {
+  parallel_rows(a.rows.count, total, a.place, [&](int64_t begin, int64_t end) {
     for (int64_t r = end - 1; r >= begin; --r) row(r, A(agg.scale * agg.row(sums[r].tokens)), counted.row(r), stream);
     if (stream) stream_fence();
   });

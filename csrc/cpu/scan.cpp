@@ -180,7 +180,7 @@ double scan_all(const ScanArgs& a) {
   Scratch<Moments> moments(a.whiten ? a.rows.count : 0);
   Scratch<uint16_t> lanes(keep ? KeptLanes::count(a.rows, kLanes<A>) : 0);
   const KeptLanes kept(a.rows, kLanes<A>, lanes.data);
-  parallel_rows(a.rows.count, total, a.threads, [&](int64_t begin, int64_t end) {
+  parallel_rows(a.rows.count, total, a.place, [&](int64_t begin, int64_t end) {
     for (int64_t r = end - 1; r >= begin; --r) {
       Moments* row = a.whiten ? moments.data + r : nullptr;
       if (a.values) a.whiten ? gae_row<A, true>(a, r, stream, row) : gae_row<A, false>(a, r, stream, nullptr);
@@ -193,7 +193,7 @@ double scan_all(const ScanArgs& a) {
   for (int64_t r = 0; r < a.rows.count; ++r) all.merge(moments.data[r]);
   if (all.count <= (a.whiten_options.unbiased ? 1 : 0)) return all.count;  // the caller refuses
   const WhitenScale<Vec<A>, A> scale(all, a.whiten_options);
-  parallel_rows(a.rows.count, total, a.threads, [&](int64_t begin, int64_t end) {
+  parallel_rows(a.rows.count, total, a.place, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) whiten_row<A>(a, r, stream, scale, keep ? kept.row(r) : nullptr);
     if (stream) stream_fence();
   });

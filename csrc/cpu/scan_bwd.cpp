@@ -98,7 +98,7 @@ void returns_row(const ScanGradArgs& a, int64_t r) {
 
 template <class A>
 void rows(const ScanGradArgs& a) {
-  parallel_rows(a.rows.count, a.rows.total(), a.threads, [&](int64_t begin, int64_t end) {
+  parallel_rows(a.rows.count, a.rows.total(), a.place, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) a.gae ? gae_row<A>(a, r) : returns_row<A>(a, r);
   });
 }

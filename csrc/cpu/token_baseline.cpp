@@ -193,7 +193,7 @@ template <class A>
 void token_baseline_all(const TokenBaselineArgs& a) {
   const int64_t total = a.rows.total();
   const bool stream = worth_streaming(total, 32);
-  parallel_rows(a.groups.count, total, a.threads, [&](int64_t begin, int64_t end) {
+  parallel_rows(a.groups.count, total, a.place, [&](int64_t begin, int64_t end) {
     Sweeps<A> sweeps(a, begin, end, stream);
     for (int64_t g = begin; g < end; ++g) sweeps.group(g);
     if (stream) stream_fence();

@@ -15,8 +15,8 @@ void reduce_all(const ReduceArgs& a) {
     put_moments(a.moments, r, m);
     put_value(a.result, r, kIsSum<Lanes> ? reduced(a.kind, m.count, m.mean, 0, false) : reduced(a.kind, m.count, 0, m.m2, a.unbiased));
   };
-  if (!a.by_row) return finish(0, all_statistics<A, Lanes>(a.values, a.mask, Chunks(one_row_if_gapless(a.rows, a.values, a.mask)), a.threads));
-  parallel_rows(a.rows.count, a.rows.total(), a.threads, [&](int64_t begin, int64_t end) {
+  if (!a.by_row) return finish(0, all_statistics<A, Lanes>(a.values, a.mask, Chunks(one_row_if_gapless(a.rows, a.values, a.mask)), a.place));
+  parallel_rows(a.rows.count, a.rows.total(), a.place, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) finish(r, row_statistics<A, Lanes>(a.values, a.mask, a.rows, r));
   });
 }
@@ -51,10 +51,10 @@ double whiten_all(const WhitenArgs& a) {
   const bool keep = a.options.mask_output && !a.given, stream = worth_streaming(rows.total(), 20);
   Scratch<uint16_t> lanes(keep ? KeptLanes::count(rows, kLanes<A>) : 0);
   const KeptLanes kept(rows, kLanes<A>, lanes.data);
-  const Moments all = a.given ? get_moments(a.moments, 0) : all_statistics<A, MomentLanes<A>>(a.values, a.mask, chunks, a.threads, keep ? &kept : nullptr);
+  const Moments all = a.given ? get_moments(a.moments, 0) : all_statistics<A, MomentLanes<A>>(a.values, a.mask, chunks, a.place, keep ? &kept : nullptr);
   if (!a.given) put_moments(a.moments, 0, all);
   if (all.count == 0 || (a.options.unbiased && all.count == 1)) return all.count;  // the caller refuses
-  chunks.each(a.threads, [&](int64_t c) {
+  chunks.each(a.place, [&](int64_t c) {
     chunks.pieces(c, [&](int64_t r, int64_t begin, int64_t end) { apply_piece<A>(a, rows, r, begin, end, stream, keep ? kept.row(r) : nullptr, all); });
     if (stream) stream_fence();
   });
@@ -64,7 +64,7 @@ double whiten_all(const WhitenArgs& a) {
 template <class A>
 void whiten_rows(const WhitenArgs& a) {
   const bool stream = worth_streaming(a.rows.total(), 20);
-  parallel_rows(a.rows.count, a.rows.total(), a.threads, [&](int64_t begin, int64_t end) {
+  parallel_rows(a.rows.count, a.rows.total(), a.place, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const Moments m = a.given ? get_moments(a.moments, r) : row_statistics<A, MomentLanes<A>>(a.values, a.mask, a.rows, r);
       if (!a.given) put_moments(a.moments, r, m);

@@ -53,7 +53,7 @@ void reduce_as(const ReduceGradArgs& a) {
     return g;
   };
   if (a.by_row)
-    return parallel_rows(a.rows.count, a.rows.total(), a.threads, [&](int64_t begin, int64_t end) {
+    return parallel_rows(a.rows.count, a.rows.total(), a.place, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
         Moments m;
         const WhitenGrad g = factors(r, m);
@@ -63,7 +63,7 @@ void reduce_as(const ReduceGradArgs& a) {
   const Chunks chunks(one_row_if_gapless(a.rows, a.values, a.mask, a.d_values));
   Moments m;
   const WhitenGrad g = factors(0, m);
-  chunks.each(a.threads,
+  chunks.each(a.place,
               [&](int64_t c) { chunks.pieces(c, [&](int64_t r, int64_t begin, int64_t end) { piece<A>(gradient, chunks.rows, r, begin, end, g, m.mean); }); });
 }
 
@@ -105,7 +105,7 @@ void whiten_as(const WhitenGradArgs& a) {
   const bool sums = !a.given || a.d_moments;
   auto center = [&](const Moments& m) { return a.at_least_one ? over_at_least_one(m).mean : m.mean; };
   if (a.by_row)
-    return parallel_rows(a.rows.count, a.rows.total(), a.threads, [&](int64_t begin, int64_t end) {
+    return parallel_rows(a.rows.count, a.rows.total(), a.place, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
         const Moments m = get_moments(a.moments, r);
         const GradSums s = sums ? sums_of_piece<A>(a, a.rows, r, 0, a.rows.len(r), center(m)) : GradSums{};
@@ -117,7 +117,7 @@ void whiten_as(const WhitenGradArgs& a) {
   Scratch<GradSums> part(sums ? chunks.count : 0);
   const Moments m = get_moments(a.moments, 0);
   if (sums)
-    chunks.each(a.threads, [&](int64_t c) {
+    chunks.each(a.place, [&](int64_t c) {
       chunks.pieces(c, [&](int64_t r, int64_t begin, int64_t end) {
         const GradSums s = sums_of_piece<A>(a, rows, r, begin, end, center(m));
         part.data[c].sum += s.sum, part.data[c].product += s.product;
@@ -127,7 +127,7 @@ void whiten_as(const WhitenGradArgs& a) {
   for (int64_t c = 0; sums && c < chunks.count; ++c) s.sum += part.data[c].sum, s.product += part.data[c].product;
   const WhitenGrad g = factors_of(a, 0, m, s);
   if (!a.d_values) return;
-  chunks.each(a.threads,
+  chunks.each(a.place,
               [&](int64_t c) { chunks.pieces(c, [&](int64_t r, int64_t begin, int64_t end) { piece<A>(gradient, rows, r, begin, end, g, center(m)); }); });
 }
 

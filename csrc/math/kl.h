@@ -13,7 +13,7 @@ template <class V>
 struct KlRange {
   V ratio_low, ratio_high, value_low, value_high;
   bool bounded;  // no exponential leaves the normal range
-  explicit KlRange(const KlOptions& o)
+  RLKERN_HD explicit KlRange(const KlOptions& o)
       : ratio_low(constant<V>(o.ratio_low)), ratio_high(constant<V>(o.ratio_high)), value_low(constant<V>(o.value_low)), value_high(constant<V>(o.value_high)),
         bounded(o.ratio_low >= -80 && o.ratio_high <= 80) {}
 };
@@ -81,7 +81,7 @@ RLKERN_HD KlGrads<V> kl_weighted_grads(V log_prob, V ref_log_prob, V old_log_pro
 
 // f.template operator()<E>() for the estimator chosen at run time: the choice stays outside the loops.
 template <class F>
-__attribute__((always_inline)) inline auto with_estimator(Kl e, F&& f) {
+__attribute__((always_inline)) RLKERN_HD auto with_estimator(Kl e, F&& f) {
   switch (e) {
     case Kl::k1: return f(std::integral_constant<Kl, Kl::k1>{});
     case Kl::abs: return f(std::integral_constant<Kl, Kl::abs>{});

@@ -3,15 +3,10 @@
 // GPU and a vector of floats on a CPU (csrc/cpu/simd.h); the code is branch-free, so both take the same decisions. A NaN
 // comes out as a NaN because every comparison with one is false.
 #pragma once
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+#include "../args.h"
 
-#if defined(__CUDACC__)
-#define RLKERN_HD __host__ __device__ inline
-#else
-#define RLKERN_HD inline
-#endif
+#include <cmath>
+#include <cstring>
 
 #ifndef RLKERN_ISA
 #define RLKERN_ISA base

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""tools/cuda_check.py: every CUDA kernel states its budget, and code that leaves one is a breach."""
+
+import collections
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load():
+    spec = importlib.util.spec_from_file_location("rlkern_cuda_check", ROOT / "tools" / "cuda_check.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+check = load()
+BUDGET = check.Budget("kl_kernel", ("S", "false"), 40, 2, 1)
+
+
+def code(**other):
+    wide = {"loads": collections.Counter({128: 2, 32: 8}), "stores": collections.Counter({128: 1})}
+    return check.Code(
+        **{"arch": "sm_90", "name": "kl_kernel", "arguments": ("float", "false"), "registers": 40, "stack": 0, "local": 0} | wide | other
+    )
+
+
+def test_cuda_check_every_kernel_has_a_budget_and_a_plan():
+    for path in (ROOT / "csrc" / "cuda").glob("*.cu"):
+        text = path.read_text()
+        kernels = set(re.findall(r"(\w+_kernel)\(const", text))
+        assert kernels == {b[0] for b in check.BUDGET.findall(text)} == set(re.findall(r"// plan (\w+):", text)), path
+
+
+def test_cuda_check_fits():
+    assert BUDGET.fits("kl_kernel", ("__half", "false"))
+    assert not BUDGET.fits("kl_kernel", ("__half", "true"))
+    assert not BUDGET.fits("kl_kernel", ("__half",))
+
+
+def test_cuda_check_catches():
+    assert check.breaches(code(), BUDGET) == []
+    assert check.breaches(code(arguments=("Mixed_float", "false"), loads=collections.Counter()), BUDGET) == []
+    assert check.breaches(code(registers=41), BUDGET) == ["41 registers, planned 40"]
+    assert check.breaches(code(stack=8, local=2), BUDGET) == ["8 bytes of stack", "2 accesses to local memory"]
+    assert check.breaches(code(stores=collections.Counter({32: 4})), BUDGET) == ["0 stores of 128 bits, planned 1"]
+    assert check.breaches(code(), None) == ["no budget beside the kernel"]

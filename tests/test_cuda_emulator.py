@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""tests/cuda_emulator finds what it is for: each planted fault is caught, and the same code without it is right, in any order."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent / "cuda_emulator"
+FLAGS = ["-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fno-strict-aliasing"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+# the fault's number in planted.cu, and what must be said of it
+FAULTS = {
+    "a missing barrier": (1, "wrong: out"),
+    "one past the end": (2, "heap-buffer-overflow"),
+    "one past the end of shared memory": (3, "heap-buffer-overflow"),
+    "half a warp in a shuffle": (4, "rlkern.sum: the CUDA kernel must run; got emulator: threads wait where not all"),
+    "half a block at a barrier": (5, "rlkern.mirror: the CUDA kernel must run; got emulator: threads wait where not all"),
+    "a wait for oneself": (6, "rlkern.chain: the CUDA kernel must run; got emulator: threads wait for a write that nobody makes"),
+    "a cooperative grid that does not fit": (7, "emulator: a cooperative grid that the chip cannot hold"),
+    "a wide access at an odd address": (8, "misaligned address"),
+}
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    program = tmp_path_factory.mktemp("emulator") / "planted"
+    defines = ["-DRLKERN_CUDA", "-DRLKERN_ISA=cuda", "-I", str(HERE)]
+    subprocess.run(["g++", *FLAGS, *SANITIZERS, *defines, "-x", "c++", str(HERE / "planted.cu"), "-o", str(program)], check=True)
+    return program
+
+
+def run(program: Path, fault: int, seed: int = 0) -> tuple[int, str]:
+    env = os.environ | {"EMULATOR_SEED": str(seed), "ASAN_OPTIONS": "detect_leaks=0", "LD_PRELOAD": ""}
+    done = subprocess.run([str(program), str(fault)], capture_output=True, text=True, env=env, timeout=120, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_emulator_right_in_any_order(planted: Path) -> None:
+    for seed in range(20):
+        status, text = run(planted, 0, seed)
+        assert status == 0, text
+        assert text.startswith("right\n")
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_emulator_catches(planted: Path, name: str) -> None:
+    fault, words = FAULTS[name]
+    for seed in range(2):
+        status, text = run(planted, fault, seed)
+        assert status != 0
+        assert words in text
