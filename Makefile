@@ -81,11 +81,12 @@ cuda-build: $(VENV)/.tools ## compile and link the CUDA module by nvcc, without 
 	$(CMAKE) -B $(CUDA) -DRLKERN_CUDA=ON "-DCMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCHS)" -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/$(CUDA)
 	$(BIN)/cmake --build $(CUDA) --parallel 2 --target _C_cuda
 
-# With that machine's own Python, torch and Triton: nothing is fetched. GPU_RESULTS is where the results go.
-gpu: ## on a machine with a GPU: install beside its own torch, run every test there, then the table (under nine minutes)
+# With that machine's own Python, torch and Triton: nothing is fetched. GPU_RESULTS is where the results go; GPU_STEPS: some of
+# tests sanitizers bench, each under nine minutes. Without nvcc the CUDA half is left out, and the report says so.
+gpu: ## on a machine with a GPU: install beside its own torch, run every test there by Triton and CUDA, sanitizers, the table
 	rm -rf $(GPU)/site
-	RLKERN_NATIVE=1 $(PYTHON) -m pip install -q --no-build-isolation --no-deps --target $(GPU)/site .
-	PYTHONPATH=$(CURDIR)/$(GPU)/site $(PYTHON) tools/gpu.py $(GPU_RESULTS) $(GPU_COMMIT)
+	RLKERN_NATIVE=1 RLKERN_CUDA=$(if $(shell command -v nvcc),1,0) CUDAARCHS=native $(PYTHON) -m pip install -q --no-build-isolation --no-deps --target $(GPU)/site .
+	PYTHONPATH=$(CURDIR)/$(GPU)/site $(PYTHON) tools/gpu.py $(GPU_RESULTS) $(GPU_COMMIT) $(if $(GPU_STEPS),--steps $(GPU_STEPS))
 
 # Dependencies and tools. The package comes along as pure Python here: the rule below builds it with the venv's own
 # CMake and Ninja, whose objects in build/ survive, so that a changed file costs one compilation.

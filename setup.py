@@ -61,7 +61,9 @@ class CMakeBuild(build_ext):
         if shutil.which("ninja"):
             configure += ["-G", "Ninja"]
         subprocess.run(configure, check=True)
-        subprocess.run([cmake, "--build", str(build), "--parallel", "2", "--target", ext.name.removeprefix("rlkern.")], check=True)
+        subprocess.run(
+            [cmake, "--build", str(build), "--parallel", str(os.cpu_count() or 2), "--target", ext.name.removeprefix("rlkern.")], check=True
+        )
 
 
 MODULES = [] if NATIVE == "0" else ["rlkern._C", "rlkern._C_cuda"] if CUDA else ["rlkern._C"]

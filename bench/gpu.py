@@ -2,8 +2,8 @@
 """The GPU table: `python -m rlkern.bench.gpu --report DIR`. Device time by events around replays of a CUDA graph.
 
 A graph runs the call once on each of several input sets that together are larger than the L2 cache, so each call finds it
-cold; one replay divided by the sets is the time of a call, without the host's part. Bytes moved in that time stand against
-a device-to-device copy measured in the same minute.
+cold; one replay divided by the sets is the time of a call, without the host's part. cuda, triton, torch.compile and eager
+take turns. Bytes moved in that time stand against a device-to-device copy measured in the same minute.
 """
 
 from __future__ import annotations
@@ -21,133 +21,46 @@ import torch
 from torch import Tensor
 
 import rlkern
+from rlkern import backends
 from rlkern.bench import machine, peers_gpu
-from rlkern.bench.inputs import GAMMA, LAM, PER_PROMPT
+from rlkern.bench.gpu_cases import CASES, DTYPES, LARGE, LONG, SHAPES, SMALL, Batch, Call, Case, sets
 
-SHAPES = ((64, 512), (1024, 8192), (4096, 16384), (8, 131072))
-SMALL = (64, 512)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-CACHES = 3  # the sets together hold this many times the L2 cache
+BACKENDS = ("cuda", "triton")
+PEERS: dict[str, peers_gpu.Of] = {"torch.compile": peers_gpu.compiled, "eager": peers_gpu.eager}
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of the largest exact value
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One set of inputs on the device."""
-
-    rewards: Tensor
-    values: Tensor
-    old: Tensor
-    new: Tensor
-    advantages: Tensor
-    mask: Tensor
-    group: rlkern.GroupIndex
-    tokens: int
-    count: Tensor  # the same on the device, for the peer: a new number would be a new graph
-
-    def exact(self) -> Batch:
-        doubles = {k: v.double() for k, v in self.__dict__.items() if isinstance(v, Tensor) and v.is_floating_point()}
-        return Batch(**{**self.__dict__, **doubles})
-
-
-Call = Callable[[Batch], Sequence[Tensor]]
-
-
-@dataclass(frozen=True)
-class Case:
-    """`values` and `masks`: how many values and int64 masks a token moves. Aims: share of the copy's bandwidth at the large
-    shapes, times faster than torch.compile, microseconds at (64, 512)."""
-
-    name: str
-    values: int
-    masks: int
-    ours: Call
-    peer: Call
-    aims: tuple[float, float, float]
-
-    def bytes(self, x: Batch) -> int:
-        return x.mask.numel() * (self.values * x.rewards.element_size() + self.masks * x.mask.element_size())
-
-
-def _loss(x: Batch) -> Sequence[Tensor]:
-    found = rlkern.policy_loss_and_grad(x.old, x.new, x.advantages, x.mask, batch_num_tokens=x.tokens)
-    return found.loss, found.d_log_prob
-
-
-CASES = [
-    Case("policy_loss_and_grad", 4, 1, _loss, peers_gpu.policy_loss, (0.85, 1.5, 10)),
-    Case("gae", 4, 1, lambda x: rlkern.gae(x.rewards, x.values, x.mask, gamma=GAMMA, lam=LAM), peers_gpu.gae, (0.80, 2, 10)),
-    Case(
-        "discounted_returns", 2, 1,
-        lambda x: (rlkern.discounted_returns(x.rewards, x.mask, gamma=GAMMA),), peers_gpu.discounted_returns, (0.80, 2, 10),
-    ),
-    Case(
-        "gae_whiten", 6, 1,  # advantages are read back and written again
-        lambda x: rlkern.advantages.gae(x.rewards, x.values, x.mask, GAMMA, LAM), peers_gpu.gae_whiten, (0.75, 3, 15),
-    ),
-    Case(
-        "reinforce_plus_plus", 4, 2,  # returns and mask are read again
-        lambda x: rlkern.advantages.reinforce_plus_plus(x.rewards, x.mask, GAMMA), peers_gpu.reinforce_plus_plus, (0.75, 3, 15),
-    ),
-    Case("masked_whiten", 3, 1, lambda x: (rlkern.masked_whiten(x.values, x.mask),), peers_gpu.masked_whiten, (0.85, 1.2, 10)),
-    Case("grpo", 2, 1, lambda x: rlkern.advantages.grpo(x.rewards, x.mask, x.group)[:1], peers_gpu.grpo, (0.80, 1.3, 15)),
-    Case("rloo", 2, 1, lambda x: rlkern.advantages.rloo(x.rewards, x.mask, x.group)[:1], peers_gpu.rloo, (0.80, 1.3, 15)),
-]  # fmt: skip
+SMALL_DEVICE, SMALL_HOST = 6, 12  # microseconds, at the small shape
+WHITEN_OVER_TRITON, LONG_SHARE = 1.5, 0.60  # of cuda: masked_whiten at the large shape, the scans of few long rows
+HOST_CALLS = 200
 
 
 @dataclass
 class Row:
     case: str
+    op: str
     shape: tuple[int, int]
     dtype: str
-    bytes: int
+    bytes: dict[str, int] = field(default_factory=dict)  # by backend
     seconds: dict[str, float] = field(default_factory=dict)
+    host: dict[str, float] = field(default_factory=dict)  # seconds until a call returns, at the small shape
     errors: dict[str, float] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
     how: dict[str, str] = field(default_factory=dict)
     copy_bandwidth: float = 0.0
 
 
-# ---- inputs ---------------------------------------------------------------------------------------------------------
-def make(shape: tuple[int, int], dtype: torch.dtype, device: torch.device, seed: int) -> Batch:
-    """Lengths of 10 to 100 % of T, rewards and values on valid tokens; drawn on the device."""
-    rows, tokens = shape
-    g = torch.Generator(device).manual_seed(seed)
-    lengths = torch.randint(max(tokens // 10, 1), tokens + 1, (rows,), generator=g, device=device)
-    mask = (torch.arange(tokens, device=device)[None] < lengths[:, None]).long()
-
-    def noise(scale: float) -> Tensor:
-        return (torch.randn(rows, tokens, generator=g, device=device) * scale).to(dtype)
-
-    old = noise(0.5) - 1
-    group = rlkern.group_index(torch.arange(rows, device=device) // PER_PROMPT)
-    count = mask.sum()
-    return Batch(noise(0.1) * mask, noise(1.0) * mask, old, old + noise(0.15), noise(1.0), mask, group, int(count), count)
-
-
-def sets(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> list[Batch]:
-    l2 = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
-    a_set = shape[0] * shape[1] * (4 * dtype.itemsize + 8)
-    return [make(shape, dtype, device, seed) for seed in range(max(2, -(-CACHES * l2 // a_set)))]
-
-
 # ---- time -----------------------------------------------------------------------------------------------------------
-def _events(run: Callable[[], Any], times: int, device: torch.device) -> float:
-    """Median seconds of `run`, by the device's clock."""
-    found = []
-    for _ in range(times):
-        if device.type != "cuda":
-            start = time.perf_counter()
-            run()
-            found.append(time.perf_counter() - start)
-            continue
-        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        first.record()
+def _seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """Of `run`, by the device's clock."""
+    if device.type != "cuda":
+        start = time.perf_counter()
         run()
-        last.record()
-        last.synchronize()
-        found.append(first.elapsed_time(last) / 1e3)
-    return statistics.median(found)
+        return time.perf_counter() - start
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    first.record()
+    run()
+    last.record()
+    last.synchronize()
+    return float(first.elapsed_time(last)) / 1e3
 
 
 def _captured(call: Call, batches: Sequence[Batch]) -> Callable[[], Any]:
@@ -167,10 +80,11 @@ def _captured(call: Call, batches: Sequence[Batch]) -> Callable[[], Any]:
     return replay
 
 
-def timed(call: Call, batches: Sequence[Batch], device: torch.device, times: int) -> tuple[float, str]:
-    """Seconds per call, and how they were taken: a call that no graph can hold is timed with the host's part in it."""
+def prepared(call: Call, batches: Sequence[Batch], device: torch.device) -> tuple[Callable[[], Any], str]:
+    """What runs the call on every set, and how: a call that no graph can hold is timed with the host's part in it."""
     for x in batches[:2]:
         call(x)
+    how = "calls"
     if device.type == "cuda":
         try:
             run = _captured(call, batches)
@@ -179,10 +93,20 @@ def timed(call: Call, batches: Sequence[Batch], device: torch.device, times: int
             how = f"calls ({type(error).__name__} in capture)"
         else:
             run()
-            return _events(run, times, device) / len(batches), "graph"
-    else:
-        how = "calls"
-    return _events(lambda: [call(x) for x in batches], times, device) / len(batches), how
+            return run, "graph"
+    return lambda: [call(x) for x in batches], how
+
+
+def host_seconds(call: Call, batches: Sequence[Batch], device: torch.device) -> float:
+    """Until a call returns, while the device has time to follow."""
+    found = []
+    for i in range(HOST_CALLS):
+        start = time.perf_counter()
+        call(batches[i % len(batches)])
+        found.append(time.perf_counter() - start)
+        if device.type == "cuda" and i % 16 == 15:
+            torch.cuda.synchronize()
+    return statistics.median(found)
 
 
 def copy_bandwidth(device: torch.device, size: int = 1 << 30) -> float:
@@ -191,7 +115,7 @@ def copy_bandwidth(device: torch.device, size: int = 1 << 30) -> float:
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
-    return 2 * size / _events(lambda: target.copy_(source), 10, device)
+    return 2 * size / statistics.median(_seconds(lambda: target.copy_(source), device) for _ in range(10))
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------------
@@ -204,45 +128,85 @@ def _error(found: Sequence[Tensor], exact: Sequence[Tensor], x: Batch) -> float:
     return worst
 
 
-def measure(case: Case, shape: tuple[int, int], dtype: torch.dtype, batches: Sequence[Batch], backend: str, times: int) -> Row:
+def sides(case: Case, names: Sequence[str]) -> dict[str, Call]:
+    """Each with its backend: one named is one that runs, or says why it cannot."""
+
+    def on(backend: str) -> Call:
+        def call(x: Batch) -> Sequence[Tensor]:
+            with rlkern.use_backend(backend):
+                return case.ours(x)
+
+        return call
+
+    def peer(of: peers_gpu.Of) -> Call:
+        return lambda x: case.peer(x, of)
+
+    return {name: peer(PEERS[name]) if name in PEERS else on(name) for name in names}
+
+
+def measure(case: Case, shape: tuple[int, int], dtype: torch.dtype, batches: Sequence[Batch], names: Sequence[str], times: int) -> Row:
     x, device = batches[0], batches[0].mask.device
-    row = Row(case.name, shape, str(dtype).removeprefix("torch."), case.bytes(x))
-    with rlkern.use_backend("torch"):
-        exact = [y.detach() for y in case.ours(x.exact())]
-    for name, call in (("rlkern", case.ours), ("torch.compile", case.peer)):
-        with rlkern.use_backend(backend):
-            try:
-                row.errors[name] = _error(call(x), exact, x)
-                if row.errors[name] > TOLERANCE[dtype]:
-                    row.problems[name] = f"WRONG: off by {row.errors[name]:.1e} of the largest value"
-                    continue
-                row.seconds[name], row.how[name] = timed(call, batches, device, times)
-            except Exception as error:  # what cannot run is a line of the report, not the end of it
-                row.problems[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    row = Row(
+        case.name, case.op, shape, str(dtype).removeprefix("torch."), {name: case.bytes(x, name) for name in names if name not in PEERS}
+    )
+    exact = [y.detach() for y in sides(case, ["torch"])["torch"](x.exact())]
+    runs: dict[str, Callable[[], Any]] = {}
+    for name, call in sides(case, names).items():
+        try:
+            row.errors[name] = _error(call(x), exact, x)
+            if row.errors[name] > TOLERANCE[dtype]:
+                row.problems[name] = f"WRONG: off by {row.errors[name]:.1e} of the largest value"
+                continue
+            runs[name], row.how[name] = prepared(call, batches, device)
+            if shape == SMALL and name not in PEERS:
+                with rlkern.use_backend(name):
+                    row.host[name] = host_seconds(case.ours, batches, device)
+        except Exception as error:  # what cannot run is a line of the report, not the end of it
+            row.problems[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(times):  # in turns: what else the machine does meets all
+        for name, run in runs.items():
+            found[name].append(_seconds(run, device) / len(batches))
+    row.seconds = {name: statistics.median(seconds) for name, seconds in found.items()}
     row.copy_bandwidth = copy_bandwidth(device)
     return row
 
 
-def line(case: Case, row: Row) -> str:
-    """A row of the table, with the aims missed."""
-    ours, peer = row.seconds.get("rlkern"), row.seconds.get("torch.compile")
-    cells = [f"{row.case:22}", f"{row.shape[0]:>5} x {row.shape[1]:<7}", f"{row.dtype:9}"]
-    if ours is None:
-        return " ".join([*cells, row.problems.get("rlkern", "")])
-    share = row.bytes / ours / row.copy_bandwidth
-    missed = []
+def _missed(case: Case, row: Row, name: str) -> list[str]:
+    mine, missed = row.seconds[name], []
     if row.shape == SMALL:
-        cells += [f"{ours * 1e6:9.1f} us"]
-        missed += [f"over {case.aims[2]:g} us"] * (ours * 1e6 > case.aims[2])
-    else:
-        cells += [f"{ours * 1e6:9.1f} us {share:5.0%} of copy"]
-        missed += [f"under {case.aims[0]:.0%}"] * (share < case.aims[0])
-    if peer is not None:
-        cells.append(f"{peer / ours:6.2f}x torch.compile")
-        missed += [f"under {case.aims[1]:g}x"] * (row.shape != SMALL and peer / ours < case.aims[1])
-    else:
-        cells.append(row.problems.get("torch.compile", ""))
-    return " ".join(cells) + (f"  MISSED: {', '.join(missed)}" if missed else "")
+        if name == "cuda" and mine * 1e6 > SMALL_DEVICE:
+            missed.append(f"over {SMALL_DEVICE} us")
+        if name == "cuda" and row.host[name] * 1e6 > SMALL_HOST:
+            missed.append(f"host over {SMALL_HOST} us")
+        return missed
+    aim = LONG_SHARE if row.shape == LONG and name == "cuda" else case.of_copy.get(name, 0.0)
+    if row.bytes[name] / mine / row.copy_bandwidth < aim:
+        missed.append(f"under {aim:.0%}")
+    if "torch.compile" in row.seconds and row.seconds["torch.compile"] / mine < case.compiled:
+        missed.append(f"under {case.compiled:g}x torch.compile")
+    whitens = name == "cuda" and case.name == "masked_whiten" and row.shape == LARGE and row.dtype == "float32"
+    if whitens and row.seconds.get("triton", 0) / mine < WHITEN_OVER_TRITON:
+        missed.append(f"under {WHITEN_OVER_TRITON:g}x triton")
+    return missed
+
+
+def lines(case: Case, row: Row) -> str:
+    """A row of the table a backend, with the aims missed."""
+    found = []
+    for name in row.bytes:
+        cells = [f"{row.case:22}{row.shape[0]:>5} x {row.shape[1]:<7}{row.dtype:9}{name:7}"]
+        mine = row.seconds.get(name)
+        if mine is None:
+            found.append(cells[0] + row.problems.get(name, ""))
+            continue
+        cells.append(f"{mine * 1e6:9.1f} us {row.bytes[name] / mine / row.copy_bandwidth:5.0%} of copy")
+        cells += [f"{seconds / mine:6.2f}x {other}" for other, seconds in row.seconds.items() if other != name]
+        cells += [f"host {row.host[name] * 1e6:.1f} us"] if name in row.host else []
+        missed = _missed(case, row, name)
+        found.append("  ".join(cells) + (f"  MISSED: {', '.join(missed)}" if missed else ""))
+    found += [f"  {name}: {why}" for name, why in row.problems.items() if name in PEERS]
+    return "\n".join(found)
 
 
 def main() -> None:
@@ -252,12 +216,15 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", default=[f"{b}x{t}" for b, t in SHAPES], help="BxT")
     parser.add_argument("--dtypes", nargs="*", default=list(DTYPES))
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--backends", nargs="*", default=[b for b in BACKENDS if b != "cuda" or backends.cuda is not None])
     parser.add_argument("--times", type=int, default=25, help="replays, of which the median counts")
     parser.add_argument("--budget", type=float, default=240.0, help="seconds after which no further row is begun")
     given = parser.parse_args()
     device, began = torch.device(given.device), time.monotonic()
-    about = machine.describe() | ({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {})
+    about: dict[str, Any] = dict(machine.describe())
+    if device.type == "cuda":
+        p = torch.cuda.get_device_properties(device)
+        about |= {"gpu": p.name, "arch": f"sm_{p.major}{p.minor}"}
     print(json.dumps(about))
     rows, left = [], []
     for shape in (tuple(map(int, text.split("x"))) for text in given.shapes):
@@ -267,8 +234,8 @@ def main() -> None:
                 if time.monotonic() - began > given.budget:
                     left.append(f"{case.name} {shape} {dtype}")
                     continue
-                rows.append(measure(case, shape, dtype, batches, given.backend, given.times))  # type: ignore[arg-type]
-                print(line(case, rows[-1]), flush=True)
+                rows.append(measure(case, shape, dtype, batches, [*given.backends, *PEERS], given.times))  # type: ignore[arg-type]
+                print(lines(case, rows[-1]), flush=True)
     print(f"copy: {statistics.median(r.copy_bandwidth for r in rows) / 1e9:.0f} GB/s" if rows else "no row was measured")
     print(f"left out for want of time: {', '.join(left)}" if left else "every row was measured")
     if given.report:

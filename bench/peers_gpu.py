@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch.compile of the branch-free forms on a GPU: what a trainer gets without kernels of its own."""
+"""The branch-free forms on a GPU, eager or by torch.compile: what a trainer gets without kernels of its own."""
 
 from __future__ import annotations
 
@@ -116,41 +116,67 @@ def _rloo(rewards: Tensor, mask: Tensor, ids: Tensor, groups: int) -> Tensor:
     return ((centred * factor[ids]).unsqueeze(-1) * mask).to(rewards.dtype)
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def _kl(log_prob: Tensor, ref_log_prob: Tensor) -> Tensor:
+    gap = (_wide(ref_log_prob) - _wide(log_prob)).clamp(-20.0, 20.0)
+    return (gap.exp() - gap - 1).clamp(-10.0, 10.0).to(log_prob.dtype)
+
+
+def _value_loss(vpreds: Tensor, returns: Tensor, values: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
+    v, target, old = _wide(vpreds), _wide(returns), _wide(values)
+    bounded = torch.minimum(torch.maximum(v, old - 0.5), old + 0.5)
+    losses = torch.maximum((v - target).square(), (bounded - target).square())
+    return 0.5 * torch.where(mask != 0, losses, 0.0).sum() / tokens
+
+
+@lru_cache(maxsize=32)
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     torch._dynamo.config.recompile_limit = 64
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-_COMPILED = {f: _compiled(f) for f in (_gae, _returns, _whiten, _gae_whiten, _reinforce, _loss, _grpo, _rloo)}
+def eager(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
 
 
-def gae(x: Any) -> Sequence[Tensor]:
-    return tuple(_COMPILED[_gae](x.rewards, x.values, x.mask, *_tables(x.rewards, GAMMA * LAM)))
+# ---- of a batch, by `of`: compiled or eager ----------------------------------------------------------------------------
+Of = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def discounted_returns(x: Any) -> Sequence[Tensor]:
-    return (_COMPILED[_returns](x.rewards, x.mask, *_tables(x.rewards, GAMMA)),)
+def gae(x: Any, of: Of) -> Sequence[Tensor]:
+    return tuple(of(_gae)(x.rewards, x.values, x.mask, *_tables(x.rewards, GAMMA * LAM)))
 
 
-def gae_whiten(x: Any) -> Sequence[Tensor]:
-    return tuple(_COMPILED[_gae_whiten](x.rewards, x.values, x.mask, *_tables(x.rewards, GAMMA * LAM)))
+def discounted_returns(x: Any, of: Of) -> Sequence[Tensor]:
+    return (of(_returns)(x.rewards, x.mask, *_tables(x.rewards, GAMMA)),)
 
 
-def reinforce_plus_plus(x: Any) -> Sequence[Tensor]:
-    return tuple(_COMPILED[_reinforce](x.rewards, x.mask, *_tables(x.rewards, GAMMA)))
+def gae_whiten(x: Any, of: Of) -> Sequence[Tensor]:
+    return tuple(of(_gae_whiten)(x.rewards, x.values, x.mask, *_tables(x.rewards, GAMMA * LAM)))
 
 
-def masked_whiten(x: Any) -> Sequence[Tensor]:
-    return (_COMPILED[_whiten](x.values, x.mask),)
+def reinforce_plus_plus(x: Any, of: Of) -> Sequence[Tensor]:
+    return tuple(of(_reinforce)(x.rewards, x.mask, *_tables(x.rewards, GAMMA)))
 
 
-def policy_loss(x: Any) -> Sequence[Tensor]:
-    return tuple(_COMPILED[_loss](x.old, x.new, x.advantages, x.mask, x.count))
+def masked_whiten(x: Any, of: Of) -> Sequence[Tensor]:
+    return (of(_whiten)(x.values, x.mask),)
 
 
-def grpo(x: Any) -> Sequence[Tensor]:
-    return (_COMPILED[_grpo](x.rewards, x.mask, x.group.ids, x.group.offsets.shape[0] - 1),)
+def policy_loss(x: Any, of: Of) -> Sequence[Tensor]:
+    return tuple(of(_loss)(x.old, x.new, x.advantages, x.mask, x.count))
 
 
-def rloo(x: Any) -> Sequence[Tensor]:
-    return (_COMPILED[_rloo](x.rewards, x.mask, x.group.ids, x.group.offsets.shape[0] - 1),)
+def grpo(x: Any, of: Of) -> Sequence[Tensor]:
+    return (of(_grpo)(x.rewards, x.mask, x.group.ids, x.group.offsets.shape[0] - 1),)
+
+
+def rloo(x: Any, of: Of) -> Sequence[Tensor]:
+    return (of(_rloo)(x.rewards, x.mask, x.group.ids, x.group.offsets.shape[0] - 1),)
+
+
+def kl_penalty(x: Any, of: Of) -> Sequence[Tensor]:
+    return (of(_kl)(x.new, x.old),)
+
+
+def value_loss(x: Any, of: Of) -> Sequence[Tensor]:
+    return (of(_value_loss)(x.values, x.rewards, x.old, x.mask, x.count),)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlkern.measured import CUDA_FIRST
+
 NAMES = ("torch", "cpp", "triton", "cuda")
 TORCH, CPP, TRITON, CUDA = range(4)
 VALUE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -142,22 +144,30 @@ def why_not(backend: str, op: str, device: str, dtype: torch.dtype = torch.float
     return reasons
 
 
-def _order(device: str) -> tuple[str, ...]:
-    """What `auto` tries before torch. Triton first: no results file shows a CUDA kernel to be at least as fast."""
-    return ("cpp",) if device == "cpu" else ("triton", "cuda")
+def _architecture(device: torch.device) -> str:
+    p = torch.cuda.get_device_properties(device)  # what Dynamo folds into a constant
+    return f"sm_{p.major}{p.minor}"
 
 
-def _pick(choice: str, op: str, device: str, dtype: torch.dtype) -> int:
+def _order(op: str, device: torch.device) -> tuple[str, ...]:
+    """What `auto` tries before torch: Triton first, but for ops that a results file shows to be at least as fast on CUDA."""
+    if device.type == "cpu":
+        return ("cpp",)
+    first = CUDA_FIRST and cuda is not None and op in CUDA_FIRST.get(_architecture(device), ())
+    return ("cuda", "triton") if first else ("triton", "cuda")
+
+
+def _pick(choice: str, op: str, device: torch.device, dtype: torch.dtype) -> int:
     backend = choice.partition(":")[0]
     if backend != "auto":
-        reasons = why_not(backend, op, device, dtype)
+        reasons = why_not(backend, op, device.type, dtype)
         if reasons:
             raise BackendError(
                 f"rlkern.{op.strip('_')}: backend {backend!r} must be able to run here; got: {'; '.join(reasons)}. "
                 "Use backend 'auto' to let rlkern choose."
             )
         return NAMES.index(backend)
-    return next((NAMES.index(b) for b in _order(device) if not why_not(b, op, device, dtype)), TORCH)
+    return next((NAMES.index(b) for b in _order(op, device) if not why_not(b, op, device.type, dtype)), TORCH)
 
 
 def pick(op: str, x: Tensor) -> int:
@@ -165,18 +175,18 @@ def pick(op: str, x: Tensor) -> int:
     key = (_choice["backend"], op, x.device, x.dtype)
     found = _picked.get(key)
     if found is None:
-        found = _pick(key[0], op, x.device.type, x.dtype)
+        found = _pick(key[0], op, x.device, x.dtype)
         if not torch.compiler.is_compiling():
             _picked[key] = found
     return found
 
 
-def log_fallback(op: str, device: str, dtype: torch.dtype) -> None:
+def log_fallback(op: str, device: torch.device, dtype: torch.dtype) -> None:
     """Say once per op that `auto` took the reference path, and why. Called where the op runs, never while tracing."""
     if _choice["backend"] != "auto" or op in _logged:
         return
     _logged.add(op)
-    reasons = [f"{b}: {r}" for b in _order(device) for r in why_not(b, op, device, dtype)]
+    reasons = [f"{b}: {r}" for b in _order(op, device) for r in why_not(b, op, device.type, dtype)]
     logger.warning("rlkern: %s runs on the torch backend (correct, slower): %s", op.strip("_"), "; ".join(reasons))
 
 
@@ -187,7 +197,7 @@ def explain(op: str, *tensors: Tensor) -> str:
     x = tensors[0] if tensors else torch.empty(0)
     lines = []
     for raw in library.raw_ops(op):
-        taken = NAMES[_pick(_choice["backend"], raw, x.device.type, x.dtype)]
+        taken = NAMES[_pick(_choice["backend"], raw, x.device, x.dtype)]
         lines.append(f"{raw.strip('_')} on {x.device.type}, {x.dtype}: {taken}")
         for name in NAMES:
             reasons = why_not(name, raw, x.device.type, x.dtype)

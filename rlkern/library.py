@@ -69,7 +69,7 @@ def run(op: Op, args: Sequence[Any], backend: int, out: Any = None) -> Any:
     if backend == backends.CUDA:
         return _run_cuda(op, args, out)
     first = next(a for a in args if isinstance(a, Tensor))
-    backends.log_fallback(op.name, first.device.type, first.dtype)
+    backends.log_fallback(op.name, first.device, first.dtype)
     result = op.reference(*args)
     if out is None:
         return result

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Choosing a backend: by name, by context, by environment; refusing with every reason; saying once why `auto` fell back."""
 
+import json
 import logging
 import os
+import pathlib
 import subprocess
 import sys
 import tempfile
@@ -12,6 +14,8 @@ import torch
 
 import rlkern
 from rlkern import backends, library
+from rlkern.bench.adopt import cuda_first
+from rlkern.measured import CUDA_FIRST
 
 needs_native = pytest.mark.skipif(backends.native is None, reason=backends.native_error)
 
@@ -127,11 +131,33 @@ def test_backends_a_cuda_module_that_does_not_load_is_a_reason():
 
 
 def test_backends_auto_prefers_what_was_measured(monkeypatch):
-    """Without a results file the CUDA kernels come second on a GPU; they come before the reference."""
+    """Where no results file speaks for them the CUDA kernels come second on a GPU; they come before the reference."""
     tried = []
     monkeypatch.setattr(backends, "why_not", lambda backend, op, device, dtype: tried.append(backend) or ["no"])
-    assert backends._pick("auto", "_kl_penalty_fwd", "cuda", torch.float32) == backends.TORCH
-    assert tried == ["triton", "cuda"]
+    monkeypatch.setattr(backends, "cuda", object())
+    monkeypatch.setattr(backends, "CUDA_FIRST", {"sm_90": frozenset({"_gae_fwd"})})
+    gpu = torch.device("cuda")
+    for arch, op, first in (("sm_90", "_gae_fwd", "cuda"), ("sm_90", "_scale_fwd", "triton"), ("sm_80", "_gae_fwd", "triton")):
+        monkeypatch.setattr(backends, "_architecture", lambda device, arch=arch: arch)
+        assert backends._pick("auto", op, gpu, torch.float32) == backends.TORCH
+        assert tried == [first, "triton" if first == "cuda" else "cuda"]
+        tried.clear()
+
+
+def test_backends_measured_is_what_results_show(tmp_path):
+    """The committed table is that of the committed results; an op is in it by every row, or not at all."""
+    results = sorted((pathlib.Path(__file__).parents[1] / "bench" / "results").glob("*/gpu.json"))
+    assert cuda_first(results) == CUDA_FIRST
+
+    def row(op, cuda, triton):
+        return {"op": op, "seconds": {k: v for k, v in (("cuda", cuda), ("triton", triton)) if v}}
+
+    rows = [row("_a", 1, 1), row("_a", 1, 2), row("_b", 1, 2), row("_b", 3, 2), row("_c", 1, None), row("_d", None, 1)]
+    made = tmp_path / "gpu.json"
+    made.write_text(json.dumps({"machine": {"arch": "sm_90"}, "rows": rows}))
+    assert cuda_first([made]) == {"sm_90": frozenset({"_a"})}
+    made.write_text(json.dumps({"bench": {"machine": {"arch": "sm_90"}, "rows": [row("_a", 3, 2)]}}))
+    assert cuda_first([made]) == {}
 
 
 def test_backends_fake_tensors_go_through_the_dispatcher():

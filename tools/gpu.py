@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole check on a machine with a GPU, in under nine minutes: `make gpu` (or `python tools/gpu.py RESULTS [COMMIT]`).
+"""The check on a machine with a GPU: `make gpu` (or `python tools/gpu.py RESULTS [COMMIT] [--steps tests sanitizers bench]`).
 
-Tests of every op on the GPU, in several processes; a memory checker on tiny shapes, where there is one; then the table of
-bench/gpu.py. Writes RESULTS/gpu.json (machine, versions, commit, tests, table) and RESULTS/gpu.log.
+tests: of every op on the GPU, by Triton and by CUDA, in several processes. sanitizers: memcheck, racecheck, initcheck and
+synccheck on tiny shapes, where they work. bench: the table of bench/gpu.py. Each step ends in under nine minutes. Writes
+RESULTS/gpu.json (machine, versions, commit, tests, table; steps not asked for keep what stood there) and RESULTS/gpu.log.
 """
 
+import argparse
 import importlib.util
 import json
 import os
@@ -17,14 +19,27 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# seconds; together under nine minutes. The bench has a budget of its own, inside its limit.
-TESTS, SANITIZER, BENCH = 270, 60, 190
+TESTS, SANITIZER, BENCH = 260, 120, 500  # seconds: of each backend, of each tool, of the table
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 TINY = """
-import torch, rlkern
-x = torch.randn(3, 33, device="cuda"); m = (torch.rand_like(x) < 0.7).long()
-with rlkern.use_backend("triton"):
-    rlkern.gae(x, x, m, gamma=0.9, lam=0.9); rlkern.masked_whiten(x, m)
-    rlkern.policy_loss_and_grad(x, x, x, m); rlkern.advantages.grpo(x, m, [0, 0, 1])
+import sys, torch, rlkern
+g = torch.Generator("cuda").manual_seed(0)
+def draw(*shape): return torch.randn(*shape, generator=g, device="cuda")
+with rlkern.use_backend(sys.argv[1]):
+    for rows, tokens in ((3, 33), (2, 9001)):  # many rows, few long ones
+        x, y = draw(rows, tokens), draw(rows, tokens).requires_grad_()
+        m = (draw(rows, tokens) < 0.7).long(); m[:, 0] = 1
+        leaf = x.clone().requires_grad_()
+        (rlkern.gae(leaf, y, m, gamma=0.9, lam=0.9).advantages.sum() + rlkern.discounted_returns(leaf, m, gamma=0.9).sum()).backward()
+        rlkern.affine_scan(torch.sigmoid(y), leaf).sum().backward()
+        (rlkern.masked_whiten(leaf, m).square().sum() + rlkern.masked_normalize(y, m).sum() + rlkern.masked_var(y, m)).backward()
+        rlkern.policy_loss(x, y, x, m).loss.backward(); rlkern.policy_loss_and_grad(x, y.detach(), x, m)
+        rlkern.policy_loss(x, y, x, m, variant="gspo").loss.backward(); rlkern.value_loss(y, x, x, m).loss.backward()
+        rlkern.kl_penalty(y, x, "k3").sum().backward(); rlkern.shape_rewards(x, x, y.detach(), m, kl_coef=0.1)
+        ids = rlkern.group_index(torch.arange(rows, device="cuda") // 2)
+        for f in (rlkern.advantages.grpo, rlkern.advantages.rloo): f(x, m, ids)
+        rlkern.advantages.gae(x, y.detach(), m, 0.9, 0.9); rlkern.advantages.reinforce_plus_plus(x, m, 0.9)
+        rlkern.rollout_correction(x, y.detach(), m, rollout_is="token"); rlkern.importance_weights(x, y.detach(), m)
 torch.cuda.synchronize(); print("done")
 """
 
@@ -57,10 +72,10 @@ def run(command: list[str], limit: float, log: Path, **env: str) -> tuple[int, s
     return status, text
 
 
-def tests(results: Path, log: Path) -> dict[str, object]:
-    xml = results / "tests.xml"
+def tests(results: Path, log: Path, backend: str) -> dict[str, object]:
+    xml = results / f"tests-{backend}.xml"
     files = sorted(str(p) for p in (ROOT / "tests").glob("test_*.py"))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--backend", "triton", f"--junitxml={xml}", "--tb=short"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--backend", backend, f"--junitxml={xml}", "--tb=short"]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(min(12, os.cpu_count() or 1)), "--dist", "worksteal"]
     status, text = run([*command, *files], TESTS, log)
@@ -75,35 +90,64 @@ def tests(results: Path, log: Path) -> dict[str, object]:
     return found
 
 
-def sanitizer(log: Path) -> dict[str, object]:
-    """Where it works: a checker that refuses the machine is a line of the report, not a failure."""
-    tool = shutil.which("compute-sanitizer")
-    if tool is None:
+def sanitizer(log: Path, tool: str, backend: str) -> dict[str, object]:
+    """Where it works: a checker that refuses the machine is a line of the report, not a failure; what it finds is one."""
+    program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if program is None:
         return {"ran": False, "why": "compute-sanitizer is not here"}
-    status, text = run([tool, "--tool", "memcheck", sys.executable, "-c", TINY], SANITIZER, log, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    summary = [line for line in text.splitlines() if "ERROR SUMMARY" in line]
+    command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", TINY, backend]
+    status, text = run(command, SANITIZER, log, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    summary = [line for line in text.splitlines() if "SUMMARY" in line]
     if not summary or "done" not in text:
         return {"ran": False, "why": f"exit {status}", "end": text[-500:]}
-    return {"ran": True, "summary": summary[-1].strip("= ")}
+    return {"ran": True, "clean": status == 0, "summary": summary[-1].strip("= ")}
+
+
+def has_cuda() -> bool:
+    code = "from rlkern import backends; print(backends.cuda is not None)"
+    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tempfile.gettempdir())
+    return asked.stdout.strip() == "True"
+
+
+def bench(results: Path, log: Path) -> dict[str, object]:
+    made = results / "bench"
+    budget = str(BENCH - 60)  # a row that has begun may take its time
+    status, text = run([sys.executable, "-m", "rlkern.bench.gpu", "--report", str(made), "--budget", budget], BENCH, log)
+    say(text, log)
+    table = made / "gpu.json"
+    return {"bench_exit": status, "bench": json.loads(table.read_text()) if table.exists() else None}
 
 
 def main() -> int:
-    results = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "build" / "gpu").resolve()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="?", default=ROOT / "build" / "gpu")
+    parser.add_argument("commit", nargs="?")
+    parser.add_argument("--steps", nargs="+", default=["tests", "sanitizers", "bench"], choices=["tests", "sanitizers", "bench"])
+    given = parser.parse_args()
+    results = given.results.resolve()
     results.mkdir(parents=True, exist_ok=True)
-    log = results / "gpu.log"
-    log.unlink(missing_ok=True)
-    found: dict[str, object] = {"commit": sys.argv[2] if len(sys.argv) > 2 else None, "tests": tests(results, log)}
-    say(json.dumps(found["tests"]), log)
-    found["sanitizer"] = sanitizer(log)
-    say(json.dumps(found["sanitizer"]), log)
-    budget = str(BENCH - 40)  # a row that has begun may take its time
-    status, text = run([sys.executable, "-m", "rlkern.bench.gpu", "--report", str(results), "--budget", budget], BENCH, log)
-    say(text, log)
-    table = results / "gpu.json"
-    found |= {"bench_exit": status, "bench": json.loads(table.read_text()) if table.exists() else None}
+    log, table = results / "gpu.log", results / "gpu.json"
+    found: dict[str, object] = (json.loads(table.read_text()) if table.exists() else {}) | {"commit": given.commit}
+    backends, good = ["triton"] + ["cuda"] * has_cuda(), True
+    if "tests" in given.steps:
+        of = {backend: tests(results, log, backend) for backend in backends}
+        found["tests"], good = of, good and all(x["exit"] == 0 for x in of.values())
+        say(json.dumps(of), log)
+    if "sanitizers" in given.steps:
+        runs = {
+            f"{tool} {backend}": sanitizer(log, tool, backend)
+            for backend in backends[::-1]
+            for tool in TOOLS
+            if backend == "cuda" or tool == TOOLS[0]
+        }
+        found["sanitizers"], good = runs, good and all(x.get("clean", True) for x in runs.values())
+        say(json.dumps(runs), log)
+    if "bench" in given.steps:
+        found |= bench(results, log)
+        good = good and found["bench_exit"] == 0
     table.write_text(json.dumps(found, indent=1) + "\n")
     say(f"wrote {table} and {log}", log)
-    return int(found["tests"]["exit"] != 0 or status != 0)  # type: ignore[index]
+    return int(not good)
 
 
 if __name__ == "__main__":
