@@ -33,6 +33,8 @@
 
 // Those that csrc/cuda has.
 #define RLKERN_CUDA_KERNELS(X)         \
+  X(affine_scan, AffineArgs)           \
+  X(affine_scan_bwd, AffineGradArgs)   \
   X(kl, KlArgs)                        \
   X(shape_rewards, RewardArgs)         \
   X(shape_rewards_bwd, RewardGradArgs) \
