@@ -33,6 +33,8 @@
 
 // Those that csrc/cuda has.
 #define RLKERN_CUDA_KERNELS(X)         \
+  X(scan_fwd, ScanArgs)                \
+  X(scan_bwd, ScanGradArgs)            \
   X(kl, KlArgs)                        \
   X(shape_rewards, RewardArgs)         \
   X(shape_rewards_bwd, RewardGradArgs) \

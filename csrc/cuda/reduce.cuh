@@ -43,6 +43,13 @@ __device__ __forceinline__ T from_below(const T& mine, int distance) {
   for (int i = 0; i < Words<T>::kCount; ++i) w.word[i] = __shfl_up_sync(kWholeWarp, w.word[i], distance);
   return w.value();
 }
+template <class T>
+__device__ __forceinline__ T from_lane(const T& mine, int lane) {
+  Words<T> w(mine);
+#pragma unroll
+  for (int i = 0; i < Words<T>::kCount; ++i) w.word[i] = __shfl_sync(kWholeWarp, w.word[i], lane);
+  return w.value();
+}
 // Lane 0 has the fold of all lanes, in order.
 template <class T, class Op>
 __device__ __forceinline__ T warp_fold(T mine, Op op) {
