@@ -35,6 +35,8 @@
 #define RLKERN_CUDA_KERNELS(X)         \
   X(scan_fwd, ScanArgs)                \
   X(scan_bwd, ScanGradArgs)            \
+  X(affine_scan, AffineArgs)           \
+  X(affine_scan_bwd, AffineGradArgs)   \
   X(kl, KlArgs)                        \
   X(shape_rewards, RewardArgs)         \
   X(shape_rewards_bwd, RewardGradArgs) \
