@@ -4,6 +4,9 @@
 
 namespace rlkern {
 namespace RLKERN_ISA {
+
+double scan_whiten(const ScanArgs& a);  // scan_whiten.cu
+
 namespace {
 
 constexpr int kRowThreads = 128;
@@ -40,17 +43,50 @@ __global__ void __launch_bounds__(kRowThreads, 4) scan_rows_kernel(const ScanArg
   }
 }
 
+// plan scan_chunks_kernel: few long rows, cut into chunks of a tile of 256 threads, a block each: a chunk publishes its map, looks
+//   back for what enters it and goes through its tokens, which stay in registers. Bytes per element as above, and two maps a
+//   chunk.
+// budget scan_chunks_kernel<S, false>: 128 registers, loads 2, stores 1
+// budget scan_chunks_kernel<S, true>: 128 registers, loads 4, stores 2
+template <class S, bool Gae>
+__global__ void __launch_bounds__(kScanThreads, 2) scan_chunks_kernel(const ScanArgs a, const KlRange<ArithmeticOf<S>> range, const Chunks chunks) {
+  using A = ArithmeticOf<S>;
+  using F = Forward<S, Gae>;
+  RLKERN_SHARED(OfWarp<A>, of_warp, kScanThreads / kWarp);
+  const Spot s = take_chunk(chunks, a.rows);
+  const Group g(kScanThreads);
+  const F row(a, g, s.row);
+  if (s.chunk < row.tiles()) {
+    const typename F::Fetched held = row.fetch(s.chunk);
+    typename F::Tile t;
+    row.read(held, range, t);
+    const OfWarp<A> mine = row.scan(t);
+    if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = mine;
+    __syncthreads();
+    typename F::Map whole;
+    if (threadIdx.x == 0) whole = row.whole(of_warp);
+    Carry<A> carry = enter_chunk(chunks, s, whole).after(row.first());
+    A y[F::N];
+    row.replay(t, row.enter(of_warp, carry), y);
+    row.write(t, held.piece, y, true);
+  }
+  leave_chunks(chunks);
+}
+
 template <class S, bool Gae>
 void scan_as(const char* op, const ScanArgs& a) {
+  using F = Forward<S, Gae>;
   const KlRange<ArithmeticOf<S>> range(a.kl);
-  const int group = group_for(a.rows, a.rewards, Stored<S>::kPiece, kRowThreads), each = kRowThreads / group;
+  const Chunks chunks = chunks_of<S, 1, typename F::Map, Empty>(op, a.place, a.rows, a.rewards);
+  if (chunks.slots) return launch(op, a.place, {chunks.slots, kScanThreads}, scan_chunks_kernel<S, Gae>, a, range, chunks);
+  const int group = group_for(a.rows, a.rewards, F::N, kRowThreads), each = kRowThreads / group;
   launch(op, a.place, {(a.rows.count + each - 1) / each, kRowThreads}, scan_rows_kernel<S, Gae>, a, range, group);
 }
 
 }  // namespace
 
 double scan_fwd(const ScanArgs& a) {
-  if (a.whiten) throw std::runtime_error("whitening is not there yet");
+  if (a.whiten) return scan_whiten(a);
   with_storage([&](auto s) { a.values ? scan_as<decltype(s), true>("gae", a) : scan_as<decltype(s), false>("discounted_returns", a); }, a.rewards, a.values,
                a.old_log_prob, a.ref_log_prob, a.advantages, a.returns);
   return 0;

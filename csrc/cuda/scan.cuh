@@ -3,8 +3,7 @@
 // from the end where the recurrence begins. Lanes and warps above are nearer to that end.
 #pragma once
 #include "../math/math.h"
-#include "reduce.cuh"
-#include "rows.cuh"
+#include "lookback.cuh"
 
 namespace rlkern {
 namespace RLKERN_ISA {
@@ -59,6 +58,7 @@ class Decay {
     for (int i = 0; i < tokens; ++i) p = joined(p, exact_);
     return p;
   }
+  __device__ __forceinline__ double exact() const { return exact_; }
   static constexpr int kSteps = 5;
   __device__ __forceinline__ A of_pieces(int k) const { return of_pieces_[k]; }         // 2^k of them
   __device__ __forceinline__ double above() const { return above_; }                    // of all lanes above
@@ -137,6 +137,10 @@ __device__ __forceinline__ int64_t tiles_of_block(const Rows& rows, int64_t unit
   return (most + group * piece - 1) / (group * piece);
 }
 
+template <int N>
+__device__ __forceinline__ int64_t tiles_of(const Group& g, int64_t length) {
+  return (length + g.threads * N - 1) / (g.threads * N);
+}
 // The piece of a thread in tile j. Pieces begin at the row's start, whatever its address: the order of operations depends on
 // the length alone.
 template <int N, bool Reverse>

@@ -19,12 +19,31 @@ struct FlowOfWarp {
   int live = 0;
 };
 
+// The same of a chunk.
+template <class A, bool Cuts>
+struct OfFlow {
+  using State = Flow<A>;
+  double c = 1, c_last = 1;
+  A x = 0, x_last = 0;
+  int live = 0;
+  __device__ __forceinline__ State after(const State& s) const { return {applied<Cuts>(c, x, s.s), live ? fused(factor<A>(c_last), s.s, x_last) : s.last}; }
+};
+template <class A, bool Cuts>
+__device__ __forceinline__ OfFlow<A, Cuts> compose(const OfFlow<A, Cuts>& first, const OfFlow<A, Cuts>& then) {
+  OfFlow<A, Cuts> m = then;
+  if (!Cuts || !(then.c < 0)) m.c = Cuts && first.c < 0 ? kCut : joined(then.c, first.c), m.x = applied<Cuts>(then.c, then.x, first.x);
+  if (then.live) m.c_last = joined(then.c_last, first.c), m.x_last = fused(factor<A>(then.c_last), first.x, then.x_last);
+  else m.c_last = first.c_last, m.x_last = first.x_last, m.live = first.live;
+  return m;
+}
+
 template <class S, bool Gae>
 class Backward {
  public:
   using A = ArithmeticOf<S>;
   static constexpr int N = Stored<S>::kPiece;
   static constexpr unsigned kAll = (1u << N) - 1;
+  using Map = OfFlow<A, !Gae>;
   struct Fetched {
     Loaded<S> advantage, returned;
     EarlyMask<N> mask;
@@ -100,6 +119,15 @@ class Backward {
     }
     return mine;
   }
+  // The map of the tile.
+  __device__ __forceinline__ Map whole(const FlowOfWarp<A>* of_warp) const {
+    Map all;
+    for (int w = g_.first_warp + g_.warps - 1; w >= g_.first_warp; --w) {
+      const FlowOfWarp<A>& m = of_warp[w];
+      all = compose(all, Map{m.c, m.c_last, m.x, m.x_last, Gae ? m.live : 0});
+    }
+    return all;
+  }
   // The tokens by the recurrence itself, from what enters this thread.
   __device__ __forceinline__ void replay(const Tile& t, const Flow<A>& entering, A (&d_reward)[N], A (&d_value)[N]) const {
     A c[N];
@@ -129,6 +157,7 @@ class Backward {
   __device__ __forceinline__ void write_bootstrap(const Flow<A>& left) const {
     set_element(a_.d_bootstrap, r_ * a_.d_bootstrap.row_stride, Gae ? gamma_ * left.last : left.s);
   }
+  __device__ __forceinline__ int64_t tiles() const { return tiles_of<N>(g_, length_); }
   __device__ __forceinline__ int64_t base(const Operand& x) const { return a_.rows.cu && x.inner_stride ? start_ : r_ * x.row_stride; }
 
  private:

@@ -21,12 +21,42 @@ struct OfWarp {
   int live = 0;
 };
 
+// The maps of chunks, which hold the recurrence's numbers: of returns, and of GAE y -> x + by_y y + by_v v.
+template <class A>
+struct OfReturns {
+  using State = Carry<A>;
+  double c = 1;
+  A x = 0;
+  __device__ __forceinline__ State after(const State& s) const { return {applied<true>(c, x, s.y), 0}; }
+};
+template <class A>
+__device__ __forceinline__ OfReturns<A> compose(const OfReturns<A>& first, const OfReturns<A>& then) {
+  if (then.c < 0) return then;
+  return {first.c < 0 ? kCut : joined(then.c, first.c), applied<true>(then.c, then.x, first.x)};
+}
+template <class A>
+struct OfGae {
+  using State = Carry<A>;
+  double by_y = 1, by_v = 0;
+  A x = 0, v = 0;
+  int live = 0;
+  __device__ __forceinline__ A sum(A y_in, A v_in) const { return fused(factor<A>(by_y), y_in, fused(factor<A>(by_v), v_in, x)); }
+  __device__ __forceinline__ State after(const State& s) const { return live ? State{sum(s.y, s.v), v} : s; }
+};
+template <class A>
+__device__ __forceinline__ OfGae<A> compose(const OfGae<A>& first, const OfGae<A>& then) {
+  if (!then.live) return first;
+  if (!first.live) return then;
+  return {joined(then.by_y, first.by_y), joined(then.by_y, first.by_v), then.sum(first.x, first.v), then.v, 1};
+}
+
 template <class S, bool Gae>
 class Forward {
  public:
   using A = ArithmeticOf<S>;
   static constexpr int N = Stored<S>::kPiece;
   static constexpr unsigned kAll = (1u << N) - 1;
+  using Map = std::conditional_t<Gae, OfGae<A>, OfReturns<A>>;
   struct Fetched {
     Loaded<S> reward, value;
     EarlyMask<N> mask;
@@ -102,6 +132,16 @@ class Forward {
     }
     return mine;
   }
+  // The map of the tile.
+  __device__ __forceinline__ Map whole(const OfWarp<A>* of_warp) const {
+    Map all;
+    for (int w = g_.first_warp + g_.warps - 1; w >= g_.first_warp; --w) {
+      const OfWarp<A>& m = of_warp[w];
+      if constexpr (Gae) all = compose(all, Map{joined(m.c, decay_.exact()), joined(m.c, a_.gamma), m.x, m.v, m.live});
+      else all = compose(all, Map{m.c, m.x});
+    }
+    return all;
+  }
   // The tokens by the recurrence itself, from what enters this thread.
   __device__ __forceinline__ void replay(const Tile& t, const Carry<A>& entering, A (&out)[N]) const {
     Carry<A> c = entering;
@@ -138,7 +178,7 @@ class Forward {
   }
   __device__ __forceinline__ int64_t base(const Operand& x) const { return a_.rows.cu && x.inner_stride ? start_ : r_ * x.row_stride; }
   __device__ __forceinline__ int64_t length() const { return length_; }
-  __device__ __forceinline__ A decay() const { return decay_.step; }
+  __device__ __forceinline__ int64_t tiles() const { return tiles_of<N>(g_, length_); }
 
  private:
   __device__ __forceinline__ void shape(const Piece& p, const KlRange<A>& range, Tile& t) const {
