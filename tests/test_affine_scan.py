@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rlkern
+from rlkern.reference.affine_scan import affine, affine_scan_bwd
 from rlkern.testing import SHAPES, assert_within
 
 
@@ -107,6 +108,94 @@ def test_affine_scan_edge_shapes_packed(backend):
                 d = decay if isinstance(decay, float) else decay[i : i + 1] if decay is per_row else decay[None, row]
                 expected = serial(d, x[None, row], reverse, initial[i : i + 1])
                 torch.testing.assert_close(got[row], expected[0], rtol=1e-5, atol=1e-6)
+
+
+# Few long rows: a GPU cuts them into chunks. 0.999999 reaches over all of a row; a 0 stops what comes before it.
+LONG = 3 * 4096 + 77
+
+
+def long_rows(kind, dtype=torch.float32):
+    """x, initial and a decay of a kind; what they give in float64, and the sum of the absolute terms of each."""
+    g = torch.Generator().manual_seed(2)
+    x, initial = torch.randn(2, LONG, generator=g).to(dtype), torch.randn(2, generator=g).to(dtype)
+    per_token = (1 - 1e-3 * torch.rand(2, LONG, generator=g)).to(dtype)
+    per_token[0, 5000] = 0
+    decay = {"a number": 0.995, "per row": torch.tensor([0.999999, 0.5], dtype=dtype), "per token": per_token}[kind]
+    return x, initial, decay
+
+
+def exact_and_terms(decay, x, initial, reverse):
+    """In float64 the reference's powers by squaring are not exact enough: a step at a time."""
+    decay = torch.as_tensor(decay, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32).double()
+    decay = (decay[:, None] if decay.dim() == 1 else decay).expand_as(x)
+    initial = torch.zeros(x.shape[0]).double() if initial is None else initial.double()
+    exact = serial(decay, x, reverse, initial) if x.dtype == torch.float64 else affine(decay, x.double(), initial, reverse)
+    return exact, affine(decay.abs(), x.double().abs(), initial.abs(), reverse)
+
+
+@pytest.mark.parametrize("kind", ["a number", "per row", "per token"])
+@pytest.mark.parametrize(
+    ("dtype", "reverse"), [(torch.float32, True), (torch.float32, False), (torch.float64, True), (torch.bfloat16, True)]
+)
+def test_affine_scan_edge_shapes_long(backend, dtype, reverse, kind):
+    x, initial, decay = long_rows(kind, dtype)
+    exact, terms = exact_and_terms(decay, x, initial, reverse)
+    assert_within(rlkern.affine_scan(decay, x, reverse=reverse, initial=initial), exact, exact, terms, "long rows")
+
+
+@pytest.mark.parametrize("reverse", [True, False])
+@pytest.mark.parametrize("kind", ["a number", "per row", "per token"])
+def test_affine_scan_edge_shapes_long_packed(backend, reverse, kind):
+    x, _initial, decay = long_rows(kind)
+    cu, x = torch.tensor([0, LONG - 2001, LONG - 2001, 2 * LONG]), x.reshape(-1)
+    if kind != "a number":
+        decay = decay.reshape(-1) if kind == "per token" else torch.tensor([0.5, 0.9, 0.999999])
+    got = rlkern.affine_scan(decay, x, reverse=reverse, cu_seqlens=cu)
+    for i in (0, 2):
+        row = slice(int(cu[i]), int(cu[i + 1]))
+        d = decay if kind == "a number" else decay[None, row] if kind == "per token" else decay[i : i + 1]
+        exact, terms = exact_and_terms(d, x[None, row], None, reverse)
+        assert_within(got[None, row], exact, exact, terms, "long packed rows")
+
+
+@pytest.mark.parametrize("reverse", [True, False])
+@pytest.mark.parametrize("kind", ["a number", "per row", "per token"])
+def test_affine_scan_grad_matches_reference_long(backend, reverse, kind):
+    x, initial, decay = long_rows(kind)
+    weight = torch.randn(2, LONG, generator=torch.Generator().manual_seed(3))
+    wanted = [t.requires_grad_() for t in (x, initial, decay) if isinstance(t, torch.Tensor)]
+    found = torch.autograd.grad(rlkern.affine_scan(decay, x, reverse=reverse, initial=initial), wanted, weight)
+
+    def grads(w, x, initial):
+        y = affine(d, x, initial, reverse)
+        per_row = decay.double().detach() if kind == "per row" else None
+        return affine_scan_bwd(w, None if kind == "per row" else d, per_row, y, initial, None, 0.0, reverse, [True] * 3)
+
+    d = torch.as_tensor(decay).detach().double()
+    d = (d[:, None] if kind == "per row" else d).expand_as(x)
+    wide = [t.detach().double() for t in (weight, x, initial)]
+    of = dict(zip(("x", "decay", "initial"), zip(grads(*wide), grads(*[t.abs() for t in wide]), strict=True), strict=True))
+    for k, (exact, terms) in zip(found, (of["x"], of["initial"], of["decay"]), strict=False):
+        assert_within(k, exact, exact, terms, "long rows, grad")
+
+
+def test_affine_scan_ignores_masked_long(backend):
+    """A NaN shows to the left of its token, in every chunk of its row."""
+    x = torch.ones(2, LONG)
+    x[1, 9000] = torch.nan
+    y = rlkern.affine_scan(0.99, x)
+    assert y[1, :9001].isnan().all()
+    assert y[1, 9001:].isfinite().all()
+    assert y[0].isfinite().all()
+
+
+@pytest.mark.parametrize("reverse", [True, False])
+def test_affine_scan_edge_shapes_very_long(backend, reverse):
+    """More chunks than one look-back covers: of unlike dtypes a thread holds two tokens."""
+    g = torch.Generator().manual_seed(4)
+    x, decay = torch.randn(1, 140 * 512 + 9, generator=g).bfloat16(), 1 - 1e-4 * torch.rand(1, 140 * 512 + 9, generator=g)
+    exact = affine(decay.double(), x.double(), None, reverse)
+    assert_within(rlkern.affine_scan(decay, x, reverse=reverse), exact.bfloat16(), exact, exact.abs(), "very long rows")
 
 
 @given(st.integers(1, 4), st.integers(1, 70), st.integers(0, 10**6))

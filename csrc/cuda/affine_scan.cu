@@ -7,6 +7,10 @@ namespace RLKERN_ISA {
 namespace {
 
 constexpr int kAffinePieces = 2;  // of a thread
+// Of a multiprocessor at least: 80 registers a thread, or 128.
+template <class S>
+constexpr int kForwardBlocks = sizeof(ArithmeticOf<S>) == 4 ? 3 : 2;
+constexpr int kAdjointBlocks = 2;
 
 // A row's decay: one a token, or one for all.
 template <class S>
@@ -64,9 +68,15 @@ struct AffineBody {
   }
 };
 
-// plan affine_scan_fwd_kernel
+// plan affine_scan_fwd_kernel: a block a row, tile by tile, the next tile loaded while this one is scanned; or, of few long rows,
+//   a block a chunk by look-back (lookback.cuh). A thread owns two pieces of 16 bytes of each operand, its warp 64 in a run: it
+//   composes the maps of its tokens, the block scans them, and from what enters its pieces it steps through them again. Bytes
+//   per element: x and decay read once, y written once. Numerics: steps in the arithmetic of the tokens; products of decays in
+//   two parts; all in a fixed order.
+// budget affine_scan_fwd_kernel<S, false>: 112 registers, loads 8, stores 2
+// budget affine_scan_fwd_kernel<S, true>: 112 registers, loads 4, stores 2
 template <class S, bool Cut>
-__global__ void __launch_bounds__(kScanThreads) affine_scan_fwd_kernel(const AffineArgs a, const Chunks chunks) {
+__global__ void __launch_bounds__(kScanThreads, kForwardBlocks<S>) affine_scan_fwd_kernel(const AffineArgs a, const Chunks chunks) {
   if constexpr (Cut) {
     const Spot s = take_chunk(chunks, a.rows);
     AffineBody<S> body(a, s.row);
@@ -152,9 +162,13 @@ struct AffineGradBody {
   }
 };
 
-// plan affine_scan_bwd_kernel
+// plan affine_scan_bwd_kernel: as the value's, in the other direction. Bytes per element: grad and decay (and y, where the decay
+//   has a gradient) read once, the wanted gradients written once. A decay's sum over its row in float64: by thread, by block and,
+//   of a row in chunks, in the last of them to finish, which folds the sums of all in their order.
+// budget affine_scan_bwd_kernel<S, false>: 128 registers, loads 12, stores 4
+// budget affine_scan_bwd_kernel<S, true>: 128 registers, loads 6, stores 4
 template <class S, bool Cut>
-__global__ void __launch_bounds__(kScanThreads) affine_scan_bwd_kernel(const AffineGradArgs a, const Chunks chunks, const bool per_token) {
+__global__ void __launch_bounds__(kScanThreads, kAdjointBlocks) affine_scan_bwd_kernel(const AffineGradArgs a, const Chunks chunks, const bool per_token) {
   using A = ArithmeticOf<S>;
   const auto add = [](double x, double y) { return x + y; };
   const bool sums = a.d_decay && !per_token;
