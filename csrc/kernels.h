@@ -33,6 +33,8 @@
 
 // Those that csrc/cuda has.
 #define RLKERN_CUDA_KERNELS(X)         \
+  X(scan_fwd, ScanArgs)                \
+  X(scan_bwd, ScanGradArgs)            \
   X(affine_scan, AffineArgs)           \
   X(affine_scan_bwd, AffineGradArgs)   \
   X(kl, KlArgs)                        \
