@@ -36,6 +36,8 @@
   X(kl, KlArgs)                        \
   X(shape_rewards, RewardArgs)         \
   X(shape_rewards_bwd, RewardGradArgs) \
+  X(value_loss, ValueLossArgs)         \
+  X(scale, ScaleArgs)                  \
   X(whiten_fwd, WhitenArgs)            \
   X(masked_reduce, ReduceArgs)         \
   X(masked_reduce_bwd, ReduceGradArgs) \
