@@ -36,6 +36,7 @@
   X(kl, KlArgs)                        \
   X(shape_rewards, RewardArgs)         \
   X(shape_rewards_bwd, RewardGradArgs) \
+  X(policy_loss, PolicyLossArgs)       \
   X(value_loss, ValueLossArgs)         \
   X(scale, ScaleArgs)                  \
   X(whiten_fwd, WhitenArgs)            \

@@ -98,6 +98,12 @@ __device__ __forceinline__ void note(const Cut& cut, int64_t row, int64_t tokens
   seen.sequences += cut.sections == 1 || atomicAdd(cut.of_row + row, static_cast<unsigned long long>(tokens)) == 0 ? 1 : 0;
 }
 __device__ __forceinline__ int64_t add_tokens(int64_t x, int64_t y) { return x + y; }
+// The same by a warp that has swept a section, unless the mask was counted first.
+__device__ __forceinline__ void note_section(const Cut& cut, const Section& s, int64_t tokens, MaskCount& seen) {
+  if (cut.first) return;
+  tokens = warp_fold(tokens, add_tokens);
+  if (lane() == 0) note(cut, s.row, tokens, seen);
+}
 
 // All of the mask, counted and, as far as a block has room, kept; the grid is cooperative.
 template <class S>

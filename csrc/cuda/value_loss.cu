@@ -55,10 +55,7 @@ __global__ void __launch_bounds__(kLossThreads, 3) value_loss_kernel(const Value
       loss = fused(weight, of_piece, loss), tokens += __popc(valid);
       if (a.d_vpreds) store_grad<S>(a.d_vpreds, cut.rows.base(a.d_vpreds, s.row), p, d);
     }
-    if (!cut.first) {
-      tokens = warp_fold(tokens, add_tokens);
-      if (lane() == 0) note(cut, s.row, tokens, seen);
-    }
+    note_section(cut, s, tokens, seen);
   });
   ValueTotals mine;
   mine.tokens = seen.tokens, mine.sequences = seen.sequences, mine.clipped = clipped, mine.predictions = predictions;
