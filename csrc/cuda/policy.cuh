@@ -12,14 +12,25 @@ struct PolicySums {
   double loss = 0, kl = 0, entropy = 0, x = 0;
   unsigned clipped = 0, lower = 0, bad = 0;
   A high = -constant<A>(__builtin_inf()), far = 0;  // of the log-ratio, and of its size
-  // The metrics of a valid token, raw its log-ratio; a NaN is left out of the largest.
-  __device__ __forceinline__ void see(A raw, A clamped, A term) {
-    x += static_cast<double>(clamped), bad += term - term == A(0) ? 0 : 1;
-    high = Ops<A>::at_least(high, raw), far = Ops<A>::at_least(far, Ops<A>::magnitude(raw));
+  // The metrics of a token, raw its log-ratio; a NaN is left out of the largest. What is not valid has 0 for both.
+  __device__ __forceinline__ void see(A raw, A clamped, bool valid) {
+    x += static_cast<double>(clamped);
+    high = Ops<A>::at_least(high, valid ? raw : high), far = Ops<A>::at_least(far, Ops<A>::magnitude(raw));
+  }
+  // The loss of a piece's tokens.
+  template <int N>
+  __device__ __forceinline__ void add(const A (&value)[N], double weight) {
+    double all = 0;
+#pragma unroll
+    for (int i = 0; i < N; ++i) all += static_cast<double>(value[i]);
+    loss = fused(weight, all, loss);
+    if (all - all == 0) return;
+#pragma unroll
+    for (int i = 0; i < N; ++i) bad += value[i] - value[i] == A(0) ? 0 : 1;
   }
   __device__ __forceinline__ PolicyTotals totals(const MaskCount& seen) const {
     PolicyTotals t;
-    t.tokens = seen.tokens, t.sequences = seen.sequences, t.clipped = clipped, t.lower = lower, t.neg_log_ratio = -x;
+    t.tokens = static_cast<double>(seen.tokens), t.sequences = static_cast<double>(seen.sequences), t.clipped = clipped, t.lower = lower, t.neg_log_ratio = -x;
     t.loss = loss, t.kl = kl, t.entropy = entropy, t.nonfinite = bad;
     t.high = static_cast<double>(high), t.far = static_cast<double>(far);
     return t;
@@ -46,16 +57,15 @@ __device__ __forceinline__ double kl_term(const PolicyLossArgs& a, const KlRange
 // Importance weights, the KL term and the entropy term of a piece's valid tokens.
 template <class S>
 __device__ __forceinline__ void extra_terms(const PolicyLossArgs& a, const KlRange<ArithmeticOf<S>>& range, const Loaded<S>& log_prob, const Loaded<S>& ref,
-                                            const Loaded<S>& entropy, const RowOr<S>& weights, const Loaded<S>& w, unsigned valid, double weight,
+                                            const Loaded<S>& entropy, const Column<S, true>& weights, const Loaded<S>& w, unsigned valid, double weight,
                                             ArithmeticOf<S> (&value)[Stored<S>::kPiece], ArithmeticOf<S> (&d)[Stored<S>::kPiece],
                                             PolicySums<ArithmeticOf<S>>& sums) {
   using A = ArithmeticOf<S>;
 #pragma unroll
   for (int i = 0; i < Stored<S>::kPiece; ++i) {
     if (!a.weights || !(valid >> i & 1)) continue;
-    const A factor = weights.value(w, i), before = value[i];
+    const A factor = weights.value(w, i);
     value[i] *= factor, d[i] *= factor;
-    sums.bad += (before - before == A(0)) & !(value[i] - value[i] == A(0)) ? 1 : 0;
   }
   if (a.ref_log_prob) sums.kl = fused(weight, kl_term<S>(a, range, log_prob, ref, valid, d), sums.kl);
   if (a.entropy) {
