@@ -40,6 +40,9 @@
   X(kl, KlArgs)                        \
   X(shape_rewards, RewardArgs)         \
   X(shape_rewards_bwd, RewardGradArgs) \
+  X(policy_loss, PolicyLossArgs)       \
+  X(value_loss, ValueLossArgs)         \
+  X(scale, ScaleArgs)                  \
   X(whiten_fwd, WhitenArgs)            \
   X(masked_reduce, ReduceArgs)         \
   X(masked_reduce_bwd, ReduceGradArgs) \
