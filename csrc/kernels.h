@@ -32,13 +32,15 @@
   X(whiten_bwd, WhitenGradArgs)
 
 // Those that csrc/cuda has.
-#define RLKERN_CUDA_KERNELS(X)         \
-  X(kl, KlArgs)                        \
-  X(shape_rewards, RewardArgs)         \
-  X(shape_rewards_bwd, RewardGradArgs) \
-  X(whiten_fwd, WhitenArgs)            \
-  X(masked_reduce, ReduceArgs)         \
-  X(masked_reduce_bwd, ReduceGradArgs) \
+#define RLKERN_CUDA_KERNELS(X)          \
+  X(kl, KlArgs)                         \
+  X(shape_rewards, RewardArgs)          \
+  X(shape_rewards_bwd, RewardGradArgs)  \
+  X(rollout_correction, CorrectionArgs) \
+  X(importance_weights, ImportanceArgs) \
+  X(whiten_fwd, WhitenArgs)             \
+  X(masked_reduce, ReduceArgs)          \
+  X(masked_reduce_bwd, ReduceGradArgs)  \
   X(whiten_bwd, WhitenGradArgs)
 
 #if defined(RLKERN_CUDA)
