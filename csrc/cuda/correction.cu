@@ -57,8 +57,17 @@ __device__ __forceinline__ void store_mask(const CorrectionArgs& a, int64_t r, c
   }
 }
 
+// Rare storage has the fullest form alone, which then serves what it need not.
+template <class S>
+constexpr bool kOften = Stored<S>::kSame && !std::is_same_v<S, double>;
 template <class S>
 constexpr int kAtOnce = Stored<S>::kPiece < 4 ? Stored<S>::kPiece : 4;  // tokens whose terms are in registers
+// A loaded piece without those.
+template <class S>
+__device__ __forceinline__ void go_on(Loaded<S>& x) {
+  if constexpr (Stored<S>::kPiece > kAtOnce<S>) x.raw = {x.raw.z, x.raw.w, 0, 0};
+}
+static_assert(kVector<__half> == 2 * kAtOnce<__half>, "a piece in two halves");
 
 // ---- a row ----------------------------------------------------------------------------------------------------------------
 // Which valid tokens of a piece the options token_k* keep.
@@ -101,7 +110,7 @@ __device__ __forceinline__ bool row_stays_by_all(const CorrectionArgs& a, const 
 // budget rollout_correction_kernel<S, false, false>: 128 registers, loads 2, stores 1
 // budget rollout_correction_kernel<S, true, false>: 128 registers, loads 2, stores 1
 // budget rollout_correction_kernel<S, false, true>: 128 registers, loads 2, stores 1
-// budget rollout_correction_kernel<double, true, true>: 192 registers, loads 2, stores 1
+// budget rollout_correction_kernel<double, true, true>: 208 registers, loads 2, stores 1
 // budget rollout_correction_kernel<S, true, true>: 128 registers, loads 2, stores 1
 template <class S, bool Weigh, bool Reject>
 __global__ void __launch_bounds__(kTeamThreads, Weigh&& Reject&& std::is_same_v<S, double> ? 1 : kTeamBlocks)
@@ -109,6 +118,8 @@ __global__ void __launch_bounds__(kTeamThreads, Weigh&& Reject&& std::is_same_v<
                               const __grid_constant__ Asked<ArithmeticOf<S>> asked, const bool late, double* parts) {
   using A = ArithmeticOf<S>;
   constexpr int N = Stored<S>::kPiece;
+  constexpr bool kLate = !Weigh || Reject;
+  [[maybe_unused]] constexpr int kHalves = kLate ? 1 : N / kAtOnce<S>;  // one by one where many sums are in registers
   RLKERN_SHARED(double, of_warps, kCorrectionFields* kTeamWarps);
   RLKERN_DYNAMIC_SHARED(uint16_t, held);  // what is valid, then what is kept
   const Table table{of_warps};
@@ -119,7 +130,6 @@ __global__ void __launch_bounds__(kTeamThreads, Weigh&& Reject&& std::is_same_v<
   const int lead = lead_of<S>(a.old_log_prob, base);
   const int share = team.there ? team.share(pieces_of<N>(lead, team.length)) : 0;
   const bool weigh = Weigh && a.level == WeightLevel::token, compare = !Weigh && !Reject && a.probabilities;
-  const A low = A(a.low), high = A(a.high);
 
   OffPolicy off_policy;
   TokenWeights<A> weights;
@@ -131,30 +141,34 @@ __global__ void __launch_bounds__(kTeamThreads, Weigh&& Reject&& std::is_same_v<
   bool weighs = false;  // this thread's mask holds other values than 0 and 1
   for (int j = 0; j < share; ++j) {
     const Piece p = piece_of<N>(team.first + static_cast<int64_t>(j) * team.step, lead, team.length);
-    const auto x = load<S>(a.old_log_prob, base, p);
-    const auto y = load<S>(a.rollout_log_prob, rollout_base, p);
+    auto x = load<S>(a.old_log_prob, base, p);
+    auto y = load<S>(a.rollout_log_prob, rollout_base, p);
     const Bits bits = mask_bits<N>(a.mask, mask_base, p);
     unsigned keep = bits.valid;
     A w[N] = {};
     if (bits.valid) {
-#pragma unroll
+#pragma unroll kHalves
       for (int h = 0; h < N; h += kAtOnce<S>) {
+        const unsigned valid = bits.valid >> h;
         RatioTerms<A> terms[kAtOnce<S>];
 #pragma unroll
         for (int i = 0; i < kAtOnce<S>; ++i) {
-          const bool valid = bits.valid >> (h + i) & 1;
-          const Token<A> t(x[h + i], y[h + i], valid);
+          const Token<A> t(x[i], y[i], valid >> i & 1);
           off_policy.add(t), terms[i] = t.terms;
-          if (weigh) w[h + i] = weights.add(t.terms.e, valid, low, high, a.icepop);
-          if (compare) probabilities.add(t, valid);
+          if (compare) probabilities.add(t, valid >> i & 1);
+          if (!weigh) continue;
+          const A of_token = weights.add(t.terms.e, valid >> i & 1, asked.least, asked.most, a.icepop);
+          if (h == 0) w[i] = of_token;
+          else w[N - kAtOnce<S> + i] = of_token;
         }
-        if constexpr (Reject) k1.add(terms, bits.valid, h, keep, asked), k2.add(terms, bits.valid, h, keep, asked), k3.add(terms, bits.valid, h, keep, asked);
+        if constexpr (Reject) k1.add(terms, valid, h, keep, asked), k2.add(terms, valid, h, keep, asked), k3.add(terms, valid, h, keep, asked);
+        go_on<S>(x), go_on<S>(y);
       }
       off_policy.tokens += __popc(bits.valid), kept += __popc(keep), weighs |= bits.weighs;
     }
     if (weigh) store_as<S>(a.weights, out_base, p, w);
-    if (!late && a.modified) store_mask<N>(a, r, p, keep, bits.weighs);
-    if (j < teams.held) held[j * kTeamThreads + threadIdx.x] = static_cast<uint16_t>(bits.valid | keep << 8);
+    if (Reject && !late && a.modified) store_mask<N>(a, r, p, keep, bits.weighs);
+    if (kLate && j < teams.held) held[j * kTeamThreads + threadIdx.x] = static_cast<uint16_t>(bits.valid | keep << 8);
   }
   off_policy.leave(table), table.template leave<Fold::sum>(kRKept, kept);
   if (weigh) weights.leave(table);
@@ -162,7 +176,7 @@ __global__ void __launch_bounds__(kTeamThreads, Weigh&& Reject&& std::is_same_v<
   if constexpr (Reject) k1.leave(table, asked), k2.leave(table, asked), k3.leave(table, asked);
   table.merge(teams, team, parts, fold_of);
 
-  const bool stays = !Reject || row_stays_by_all<A>(a, table, team.warp), sequence = a.level == WeightLevel::sequence;
+  const bool stays = !Reject || row_stays_by_all<A>(a, table, team.warp), sequence = (!Weigh || !kOften<S>) && a.level == WeightLevel::sequence;
   if (!team.there) return;
   const A q = A(table.field(kROld, team.warp) - table.field(kRRollout, team.warp)), ratio = exp_of(clamped(q, A(-kSafety), A(kSafety)));
   if (team.chunk == 0) {
@@ -173,8 +187,8 @@ __global__ void __launch_bounds__(kTeamThreads, Weigh&& Reject&& std::is_same_v<
       column[f * a.rows.count] = found;
     }
   }
-  if (!late) return;
-  const A of_row = correction_weight(ratio, low, high, a.icepop);
+  if (!kLate || !late) return;
+  const A of_row = correction_weight(ratio, asked.least, asked.most, a.icepop);
   for (int j = 0; j < share; ++j) {
     const Piece p = piece_of<N>(team.first + static_cast<int64_t>(j) * team.step, lead, team.length);
     unsigned bits = 0;
@@ -190,7 +204,7 @@ __global__ void __launch_bounds__(kTeamThreads, Weigh&& Reject&& std::is_same_v<
       for (int i = 0; i < N; ++i) w[i] = bits >> i & 1 ? of_row : A(0);
       store_as<S>(a.weights, out_base, p, w);
     }
-    if (a.modified) store_mask<N>(a, r, p, stays ? bits >> 8 : 0, weighs);
+    if (Reject && a.modified) store_mask<N>(a, r, p, stays ? bits >> 8 : 0, weighs);
   }
 }
 
@@ -199,6 +213,7 @@ void correction_form(const CorrectionArgs& a) {
   using A = ArithmeticOf<S>;
   constexpr const char* op = "rollout_correction";
   Asked<A> asked;
+  asked.least = A(a.low), asked.most = A(a.high);
   bool late = a.level == WeightLevel::sequence;
   for (int o = 0; o < a.options; ++o) {
     const Rejection& option = a.option[o];
@@ -213,7 +228,6 @@ void correction_form(const CorrectionArgs& a) {
   launch(op, a.place, grid, rollout_correction_kernel<S, Weigh, Reject>, a, teams, asked, late, parts);
 }
 
-// Rare storage has the fullest form alone.
 template <class S>
 void correction_as(const CorrectionArgs& a) {
   const bool weigh = a.level == WeightLevel::token, reject = a.options > 0;
@@ -223,7 +237,7 @@ void correction_as(const CorrectionArgs& a) {
     only.level = WeightLevel::none, only.options = 0, only.modified = Operand{};
     correction_form<S, false, false>(only);
   }
-  if constexpr (Stored<S>::kSame && !std::is_same_v<S, double>) {
+  if constexpr (kOften<S>) {
     if (!reject) return correction_form<S, true, false>(a);
     if (!weigh) return correction_form<S, false, true>(a);
   }

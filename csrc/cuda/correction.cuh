@@ -17,6 +17,10 @@ struct Moments2 {
     sum += d, square = fused(d, d, square);
   }
 };
+template <class A>
+__device__ __forceinline__ A nothing() {  // above and below no number
+  return A(__builtin_nanf(""));
+}
 // The largest and the smallest; a NaN is left out.
 template <class A>
 struct Extremes {
@@ -59,11 +63,10 @@ struct TokenWeights {
   Extremes<A> range;
   unsigned high = 0, low = 0;
   __device__ __forceinline__ A add(A ratio, bool valid, A least, A most, bool icepop) {
-    const A w = correction_weight(ratio, least, most, icepop);
-    if (!valid) return A(0);
-    high += ratio > most, low += ratio < least;
-    range.add(w), weight.add(w, 1.0), plain.add(w, 0.0);
-    return w;
+    const A w = correction_weight(ratio, least, most, icepop), tested = valid ? ratio : nothing<A>(), own = valid ? w : A(0);
+    high += tested > most, low += tested < least;
+    range.add(valid ? w : nothing<A>()), weight.add(valid ? w : A(1), 1.0), plain.add(own, 0.0);
+    return own;
   }
   __device__ __forceinline__ void leave(const Table& table) const {
     table.leave<Fold::sum>(kRW, weight.sum), table.leave<Fold::sum>(kRW2, weight.square), table.leave<Fold::sum>(kRWSquare, plain.square);
@@ -94,6 +97,7 @@ struct Probabilities {
 // What the options ask, by k = 1, 2, 3.
 template <class A>
 struct Asked {
+  A least = 0, most = 0;        // of the weights
   A low[3] = {}, high[3] = {};  // of token_k*
   bool any[3] = {}, token[3] = {};
   __device__ __forceinline__ bool within(int k, A v) const { return !token[k] || (v >= low[k] && v <= high[k]); }
@@ -105,21 +109,21 @@ struct ByK {
   Extremes<A> range;
   Moments2 clamped_to;
   unsigned high = 0, low = 0, kept = 0;
-  // Of tokens [first, first + N) of a piece; `keep` loses what the option rejects.
+  // Of tokens [first, first + N) of a piece, whose `valid` these are; its `keep` loses what the option rejects.
   template <int N>
   __device__ __forceinline__ void add(const RatioTerms<A> (&terms)[N], unsigned valid, int first, unsigned& keep, const Asked<A>& asked) {
     if (!asked.any[K - 1]) return;
     const A least = asked.low[K - 1], most = asked.high[K - 1];
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const A v = divergence<K>(terms[i].q, terms[i].k3);
-      if (!(valid >> (first + i) & 1)) continue;
-      sum += static_cast<double>(v), range.add(v);
+      const bool is_valid = valid >> i & 1;
+      const A v = divergence<K>(terms[i].q, terms[i].k3), tested = is_valid ? v : nothing<A>();  // 0 where masked
+      sum += static_cast<double>(v), range.add(tested);
       if (!asked.token[K - 1]) continue;
-      if (v >= least && v <= most) ++kept;
-      else keep &= ~(1u << (first + i));
-      high += v > most, low += v < least;
-      clamped_to.add(clamped(v, least, most), 0.0);
+      const bool within = tested >= least && tested <= most;
+      kept += within, high += tested > most, low += tested < least;
+      if (!within) keep &= ~(1u << (first + i));
+      clamped_to.add(is_valid ? clamped(v, least, most) : A(0), 0.0);
     }
   }
   __device__ __forceinline__ void leave(const Table& table, const Asked<A>& asked) const {

@@ -25,21 +25,21 @@ struct Team {
   int thread = 0, warp = 0;     // of this thread within its team, in this block; the team's first warp
   int chunk = 0;
   bool there = false;
+  int log = 0;  // of the step, of one block: no division
   // How many of so many pieces are this thread's.
   __device__ __forceinline__ int share(int64_t pieces) const {
     const int64_t left = pieces - first + step - 1;
-    if (left <= 0x7fffffff) return left < step ? 0 : static_cast<int>(left) / step;  // a short division
-    return static_cast<int>(left / step);
+    return left < step ? 0 : static_cast<int>(log ? left >> log : left / step);
   }
 };
 __device__ __forceinline__ Team team_of(const Teams& t) {
   Team x;
-  const int thread = static_cast<int>(threadIdx.x), threads = t.warps * kWarp, number = thread / threads;
+  const int thread = static_cast<int>(threadIdx.x), threads = t.warps * kWarp, log = 31 - __clz(threads), number = thread >> log;
   x.thread = thread - number * threads, x.warp = number * t.warps;
   if (t.chunks > 1) {
     x.row = blockIdx.x / static_cast<unsigned>(t.chunks), x.chunk = static_cast<int>(blockIdx.x % static_cast<unsigned>(t.chunks));
   } else {
-    x.row = static_cast<int64_t>(blockIdx.x) * (kTeamWarps / t.warps) + number;
+    x.row = (static_cast<int64_t>(blockIdx.x) * kTeamThreads + thread) >> log, x.log = log;
   }
   x.there = x.row < t.rows.count;
   x.length = x.there ? t.rows.len(x.row) : 0;
