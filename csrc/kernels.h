@@ -32,20 +32,22 @@
   X(whiten_bwd, WhitenGradArgs)
 
 // Those that csrc/cuda has.
-#define RLKERN_CUDA_KERNELS(X)         \
-  X(scan_fwd, ScanArgs)                \
-  X(scan_bwd, ScanGradArgs)            \
-  X(affine_scan, AffineArgs)           \
-  X(affine_scan_bwd, AffineGradArgs)   \
-  X(kl, KlArgs)                        \
-  X(shape_rewards, RewardArgs)         \
-  X(shape_rewards_bwd, RewardGradArgs) \
-  X(policy_loss, PolicyLossArgs)       \
-  X(value_loss, ValueLossArgs)         \
-  X(scale, ScaleArgs)                  \
-  X(whiten_fwd, WhitenArgs)            \
-  X(masked_reduce, ReduceArgs)         \
-  X(masked_reduce_bwd, ReduceGradArgs) \
+#define RLKERN_CUDA_KERNELS(X)          \
+  X(scan_fwd, ScanArgs)                 \
+  X(scan_bwd, ScanGradArgs)             \
+  X(affine_scan, AffineArgs)            \
+  X(affine_scan_bwd, AffineGradArgs)    \
+  X(kl, KlArgs)                         \
+  X(shape_rewards, RewardArgs)          \
+  X(shape_rewards_bwd, RewardGradArgs)  \
+  X(policy_loss, PolicyLossArgs)        \
+  X(value_loss, ValueLossArgs)          \
+  X(scale, ScaleArgs)                   \
+  X(rollout_correction, CorrectionArgs) \
+  X(importance_weights, ImportanceArgs) \
+  X(masked_reduce, ReduceArgs)          \
+  X(masked_reduce_bwd, ReduceGradArgs)  \
+  X(whiten_fwd, WhitenArgs)             \
   X(whiten_bwd, WhitenGradArgs)
 
 #if defined(RLKERN_CUDA)

@@ -7,6 +7,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+
+import rlkern
+from rlkern import streams
 
 HERE = Path(__file__).parent / "cuda_emulator"
 FLAGS = ["-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fno-strict-aliasing"]
@@ -25,14 +29,36 @@ FAULTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+# the number in refused.cu, and what the exception says
+REFUSED = {
+    "a barrier that half a block meets": (0, "rlkern.half: the CUDA kernel must run; got emulator: threads wait"),
+    "a block of too many threads": (1, "rlkern.wide: the CUDA kernel must run; got emulator: a launch of no threads, or of too many"),
+    "a block of no threads": (2, "rlkern.narrow: the CUDA kernel must run; got emulator: a launch of no threads"),
+    "more shared memory than there is": (3, "rlkern.large: the CUDA kernel must run; got emulator: more shared memory"),
+    "more blocks than a grid has": (4, "rlkern.long: the tensors must fit one grid; split the batch."),
+    "a cooperative grid that does not fit": (5, "rlkern.grid: the CUDA kernel must run; got emulator: a cooperative grid"),
+    "parts that do not fit": (6, "rlkern.parts: the memory between blocks must hold this launch; it is too small."),
+    "no blocks, which is no launch": (7, "no exception"),
+}
+
+
+def built(name: str, folder: Path) -> Path:
     if shutil.which("g++") is None:
         pytest.skip("no g++")
-    program = tmp_path_factory.mktemp("emulator") / "planted"
+    program = folder / name
     defines = ["-DRLKERN_CUDA", "-DRLKERN_ISA=cuda", "-I", str(HERE)]
-    subprocess.run(["g++", *FLAGS, *SANITIZERS, *defines, "-x", "c++", str(HERE / "planted.cu"), "-o", str(program)], check=True)
+    subprocess.run(["g++", *FLAGS, *SANITIZERS, *defines, "-x", "c++", str(HERE / f"{name}.cu"), "-o", str(program)], check=True)
     return program
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built("planted", tmp_path_factory.mktemp("emulator"))
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built("refused", tmp_path_factory.mktemp("emulator"))
 
 
 def run(program: Path, fault: int, seed: int = 0) -> tuple[int, str]:
@@ -59,3 +85,28 @@ def test_emulator_catches(planted: Path, name: str) -> None:
         status, text = run(planted, fault, seed)
         assert status != 0
         assert words in text
+
+
+# ---- errors -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", REFUSED)
+def test_launch_that_fails_names_the_op(refused: Path, name: str) -> None:
+    """And leaves nothing behind: the next launch runs."""
+    number, words = REFUSED[name]
+    status, text = run(refused, number)
+    assert status == 0, text
+    first, last = text.splitlines()
+    assert first.startswith(words)
+    assert last == "next: 96"
+    if "the CUDA kernel must run" in words:
+        assert first.endswith('rlkern.use_backend("triton") avoids this one.')
+
+
+def test_launch_that_fails_raises(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend != "cuda":
+        pytest.skip("the CUDA kernels' own")
+    values, mask, place = torch.arange(12.0).reshape(3, 4), torch.ones(3, 4), streams.place
+    monkeypatch.setattr(streams, "place", lambda device: (*place(device)[:3], streams.COUNTERS))
+    with pytest.raises(RuntimeError, match=r"rlkern\.masked_whiten: the memory between blocks must hold this launch; it is too small\."):
+        rlkern.masked_whiten(values, mask)
+    monkeypatch.undo()
+    assert abs(rlkern.masked_whiten(values, mask).mean()) < 1e-6

@@ -191,15 +191,7 @@ struct ByK {
   }
 };
 
-// ---- what a row's sums decide ----------------------------------------------------------------------------------------
-// Rounded once, to the arithmetic's type, before it meets its limits. A NaN is kept by none; a row's maximum leaves it out, its sum not.
-template <class A>
-bool row_stays(const Rejection& o, const double* column) {
-  const double *of_k = column + kRByK + (o.k - 1) * kByK, n = column[kRTokens], sum = of_k[kKSum];
-  const double s = o.by == RejectBy::sum ? sum : o.by == RejectBy::mean ? (n > 0 ? sum / n : sum) : sum != sum ? sum : (n > 0 ? of_k[kKMax] : 0);
-  return A(s) >= A(o.low) && A(s) <= A(o.high);
-}
-
+// ---- what is written behind the sums ----------------------------------------------------------------------------------
 // Eight bytes, 0 where the bit is.
 inline uint64_t bytes_kept(uint64_t bytes, uint32_t bits) {
   const uint64_t ones = 0x0101010101010101u, picked = ((bits & 0xff) * ones) & 0x8040201008040201u;
@@ -288,8 +280,10 @@ void correction_row(const CorrectionArgs& a, int64_t r, bool stream, Block<A>& b
   for (int k = 0; k < 3; ++k)
     if (asked[k]) by[k].leave(column + kRByK + k * kByK);
   bool stays = true;
-  for (int o = 0; o < a.options; ++o)
-    if (a.option[o].by != RejectBy::token) stays = stays && row_stays<A>(a.option[o], column);
+  for (int o = 0; o < a.options; ++o) {
+    const double* of_k = column + kRByK + (a.option[o].k - 1) * kByK;
+    if (a.option[o].by != RejectBy::token) stays = stays && row_stays<A>(a.option[o], column[kRTokens], of_k[kKSum], of_k[kKMax]);
+  }
   int64_t kept = 0;
   for (int64_t v = 0; v < (row.length + W - 1) / W; ++v) {
     if (!stays) row.keep[v] = 0;

@@ -15,34 +15,13 @@ RLKERN_RARE Vec<A> binary_kl_lanes(Vec<A> p, Vec<A> q) {
   return p;
 }
 template <class A>
-Vec<A> gate_term(Gating gating, Vec<A> old_log_prob, Vec<A> rollout_log_prob, Vec<A> log_ratio) {
-  using V = Vec<A>;
-  if (gating == Gating::ratio) return log_ratio;
-  const V p = gate_probability(rollout_log_prob), q = gate_probability(old_log_prob);
-  return gating == Gating::tv ? Ops<V>::magnitude(p - q) : binary_kl_lanes<A>(p, q);
-}
-
-template <class A>
-struct Gate {
-  Vec<A> low, high;
-  bool clip, drop;
-  Gate(const ImportanceArgs& a) : low(splat(A(a.low))), high(splat(A(a.high))), clip(a.clip), drop(a.nan == OnNan::drop) {}
-  auto filtered(Vec<A> s) const { return clip ? (s < low) | (s > high) : ~((s >= low) & (s <= high)); }
-  template <class Test>
-  Vec<A> weight(Vec<A> w, Test out) const {
-    w = clip ? clamped(w, low, high) : out ? Vec<A>{} : w;
-    return drop ? (w - w == Vec<A>{} ? w : Vec<A>{}) : w;
-  }
-};
-
-template <class A>
 void importance_row(const ImportanceArgs& a, int64_t r, bool stream) {
   using V = Vec<A>;
   constexpr int W = kLanes<A>;
   const Column<A> old_log_prob(a.old_log_prob, a.rows, r), rollout_log_prob(a.rollout_log_prob, a.rows, r);
   const MaskRow mask(a.mask, a.rows, r);
   const OutColumn<A> weights(a.per_row ? Operand{} : a.weights, a.rows, r, stream);
-  const Gate<A> gate(a);
+  const Gate<V> gate(a);
   const V padding = splat(A(a.padding));
   const bool by_token = a.unit == GateUnit::token, ratio = a.gating == Gating::ratio;
   const bool direct = old_log_prob.direct() && rollout_log_prob.direct() && mask.direct() && weights.direct();
@@ -60,7 +39,7 @@ void importance_row(const ImportanceArgs& a, int64_t r, bool stream) {
     const uint32_t m = mask.template lanes<W>(way, i, n);
     if (m == 0) return by_token ? weights(way, i, n, padding) : void();
     V old, rollout;
-    const V q = read(way, i, n, m, old, rollout), term = gate_term<A>(a.gating, old, rollout, q);
+    const V q = read(way, i, n, m, old, rollout), term = gate_term(a.gating, old, rollout, q, binary_kl_lanes<A>);
     tokens += __builtin_popcount(m), log_ratios.add(q), terms.add(blend(m, term, V{}));
     if (!by_token) return;
     const V w = exp_of(q);

@@ -47,10 +47,44 @@ RLKERN_HD double binary_kl(double p, double q) {
   return value < 0 ? 0 : value;
 }
 
+// What a row's sums decide. The statistic is rounded once, to the arithmetic's type, before it meets its limits. A NaN is kept
+// by none; `most` leaves it out, the sum not.
+template <class A>
+RLKERN_HD bool row_stays(const Rejection& o, double n, double sum, double most) {
+  const double s = o.by == RejectBy::sum ? sum : o.by == RejectBy::mean ? (n > 0 ? sum / n : sum) : sum != sum ? sum : (n > 0 ? most : 0);
+  return A(s) >= A(o.low) && A(s) <= A(o.high);
+}
+
+// ---- gates --------------------------------------------------------------------------------------------------------------
 template <class V>
 RLKERN_HD V gate_probability(V log_prob) {
   return clamped(exp_of(log_prob), constant<V>(1e-6), constant<V>(1 - 1e-6));
 }
+// kl(p, q): binary_kl, lane by lane.
+template <class V, class F>
+RLKERN_HD V gate_term(Gating gating, V old_log_prob, V rollout_log_prob, V log_ratio, F kl) {
+  if (gating == Gating::ratio) return log_ratio;
+  const V p = gate_probability(rollout_log_prob), q = gate_probability(old_log_prob);
+  return gating == Gating::tv ? Ops<V>::magnitude(p - q) : kl(p, q);
+}
+
+// A band: what lies outside is filtered, a NaN too unless it clips.
+template <class V>
+struct Gate {
+  V low, high;
+  bool clip, drop;
+  RLKERN_HD explicit Gate(const ImportanceArgs& a) : low(constant<V>(a.low)), high(constant<V>(a.high)), clip(a.clip), drop(a.nan == OnNan::drop) {}
+  RLKERN_HD auto filtered(V s) const {
+    const auto outside = (s < low) | (s > high);
+    return clip ? outside : outside | (s != s);
+  }
+  template <class Test>
+  RLKERN_HD V weight(V w, Test out) const {
+    const V zero = constant<V>(0);
+    w = clip ? clamped(w, low, high) : out ? zero : w;
+    return drop ? (w - w == zero ? w : zero) : w;
+  }
+};
 
 }  // namespace RLKERN_ISA
 }  // namespace rlkern
