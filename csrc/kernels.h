@@ -32,13 +32,19 @@
   X(whiten_bwd, WhitenGradArgs)
 
 // Those that csrc/cuda has.
-#define RLKERN_CUDA_KERNELS(X)         \
-  X(kl, KlArgs)                        \
-  X(shape_rewards, RewardArgs)         \
-  X(shape_rewards_bwd, RewardGradArgs) \
-  X(whiten_fwd, WhitenArgs)            \
-  X(masked_reduce, ReduceArgs)         \
-  X(masked_reduce_bwd, ReduceGradArgs) \
+#define RLKERN_CUDA_KERNELS(X)                   \
+  X(group_mean_std, GroupMeanStdArgs)            \
+  X(group_mean_std_bwd, GroupMeanStdGradArgs)    \
+  X(group_normalize, GroupNormalizeArgs)         \
+  X(group_normalize_bwd, GroupNormalizeGradArgs) \
+  X(group_advantage, GroupAdvantageArgs)         \
+  X(token_baseline, TokenBaselineArgs)           \
+  X(kl, KlArgs)                                  \
+  X(shape_rewards, RewardArgs)                   \
+  X(shape_rewards_bwd, RewardGradArgs)           \
+  X(whiten_fwd, WhitenArgs)                      \
+  X(masked_reduce, ReduceArgs)                   \
+  X(masked_reduce_bwd, ReduceGradArgs)           \
   X(whiten_bwd, WhitenGradArgs)
 
 #if defined(RLKERN_CUDA)
