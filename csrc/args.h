@@ -137,21 +137,25 @@ struct GroupMeanStdArgs {
   Groups groups;
   Operand scores, mean, std;
   GroupOptions options;
+  Place place;
 };
 struct GroupMeanStdGradArgs {
   Groups groups;
   Operand scores, grad_mean, grad_std, d_scores;
   GroupOptions options;
+  Place place;
 };
 struct GroupNormalizeArgs {
   Groups groups;
   Operand scores, lengths, advantages;
   GroupOptions options;
+  Place place;
 };
 struct GroupNormalizeGradArgs {
   Groups groups;
   Operand scores, lengths, grad, d_scores;
   GroupOptions options;
+  Place place;
 };
 // Row sums of rewards, or weighted components (B, K), normalized in their groups, broadcast over the mask; whitened over all
 // valid tokens if asked. f_norm, if not 0: times rows / (scores that are not 0) / f_norm.

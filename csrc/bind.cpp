@@ -98,26 +98,26 @@ double affine_scan_bwd(Tokens grad, Tokens decay, PerRow decay_row, Tokens y, Pe
 
 // ---- groups: `ids` serves the reference only ------------------------------------------------------------------------
 double group_mean_std_fwd(PerRow scores, py::handle, Tokens order, Tokens offsets, bool unbiased, double eps, Singleton singleton, bool omit, PerRow mean,
-                          PerRow std, Place) {
+                          PerRow std, Place place) {
   const GroupOptions options{Baseline::mean, true, unbiased, singleton, eps, omit};
-  return run(&Kernels::group_mean_std, GroupMeanStdArgs{groups_of(order, offsets, scores.rows), scores, mean, std, options});
+  return run(&Kernels::group_mean_std, GroupMeanStdArgs{groups_of(order, offsets, scores.rows), scores, mean, std, options, place});
 }
 double group_mean_std_bwd(PerRow grad_mean, PerRow grad_std, PerRow scores, py::handle, Tokens order, Tokens offsets, bool unbiased, double eps,
-                          Singleton singleton, bool omit, PerRow d_scores, Place) {
+                          Singleton singleton, bool omit, PerRow d_scores, Place place) {
   const GroupOptions options{Baseline::mean, true, unbiased, singleton, eps, omit};
-  return run(&Kernels::group_mean_std_bwd, GroupMeanStdGradArgs{groups_of(order, offsets, scores.rows), scores, grad_mean, grad_std, d_scores, options});
+  return run(&Kernels::group_mean_std_bwd, GroupMeanStdGradArgs{groups_of(order, offsets, scores.rows), scores, grad_mean, grad_std, d_scores, options, place});
 }
 double group_normalize_fwd(PerRow scores, PerRow lengths, py::handle, Tokens order, Tokens offsets, Baseline baseline, bool scale, bool unbiased, double eps,
-                           Singleton singleton, bool omit, PerRow advantages, Place) {
+                           Singleton singleton, bool omit, PerRow advantages, Place place) {
   const GroupOptions options{baseline, scale, unbiased, singleton, eps, omit};
-  return run(&Kernels::group_normalize, GroupNormalizeArgs{groups_of(order, offsets, scores.rows), scores, lengths, advantages, options});
+  return run(&Kernels::group_normalize, GroupNormalizeArgs{groups_of(order, offsets, scores.rows), scores, lengths, advantages, options, place});
 }
 double group_normalize_bwd(PerRow grad, PerRow scores, PerRow lengths, py::handle, Tokens order, Tokens offsets, Baseline baseline, bool scale, bool unbiased,
-                           double eps, Singleton singleton, bool omit, PerRow d_scores, Place) {
+                           double eps, Singleton singleton, bool omit, PerRow d_scores, Place place) {
   const GroupOptions options{baseline, scale, unbiased, singleton, eps, omit};
-  return run(&Kernels::group_normalize_bwd, GroupNormalizeGradArgs{groups_of(order, offsets, scores.rows), scores, lengths, grad, d_scores, options});
+  return run(&Kernels::group_normalize_bwd, GroupNormalizeGradArgs{groups_of(order, offsets, scores.rows), scores, lengths, grad, d_scores, options, place});
 }
-// Without an order `ids` are raw labels: small batches are spared the tensors of a GroupIndex.
+// Without an order `ids` are raw labels: small batches on the CPU are spared the tensors of a GroupIndex.
 double group_advantage_fwd(Tokens rewards, Tokens mask, py::handle ids, std::optional<Tokens> order, Tokens offsets, Packed packed, Baseline baseline,
                            bool scale, double eps, Singleton singleton, const Flags& whiten, double whiten_eps, Tokens components, PerRow component_weights,
                            double f_norm, Tokens advantages, Place place) {
@@ -129,6 +129,7 @@ double group_advantage_fwd(Tokens rewards, Tokens mask, py::handle ids, std::opt
   if (order) {
     groups = groups_of(*order, offsets, rows.count);
   } else {
+    if (!kHostReads) throw py::value_error("rlkern: index must be a GroupIndex on the device; got labels, which only the host reads.");
     memory.resize(static_cast<size_t>(4 * rows.count + 1));
     LabelGroups found;
     if (!group_labels(ids.ptr(), rows.count, memory.data(), found)) throw py::error_already_set();

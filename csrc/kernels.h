@@ -32,22 +32,28 @@
   X(whiten_bwd, WhitenGradArgs)
 
 // Those that csrc/cuda has.
-#define RLKERN_CUDA_KERNELS(X)          \
-  X(scan_fwd, ScanArgs)                 \
-  X(scan_bwd, ScanGradArgs)             \
-  X(affine_scan, AffineArgs)            \
-  X(affine_scan_bwd, AffineGradArgs)    \
-  X(kl, KlArgs)                         \
-  X(shape_rewards, RewardArgs)          \
-  X(shape_rewards_bwd, RewardGradArgs)  \
-  X(policy_loss, PolicyLossArgs)        \
-  X(value_loss, ValueLossArgs)          \
-  X(scale, ScaleArgs)                   \
-  X(rollout_correction, CorrectionArgs) \
-  X(importance_weights, ImportanceArgs) \
-  X(masked_reduce, ReduceArgs)          \
-  X(masked_reduce_bwd, ReduceGradArgs)  \
-  X(whiten_fwd, WhitenArgs)             \
+#define RLKERN_CUDA_KERNELS(X)                   \
+  X(scan_fwd, ScanArgs)                          \
+  X(scan_bwd, ScanGradArgs)                      \
+  X(affine_scan, AffineArgs)                     \
+  X(affine_scan_bwd, AffineGradArgs)             \
+  X(group_mean_std, GroupMeanStdArgs)            \
+  X(group_mean_std_bwd, GroupMeanStdGradArgs)    \
+  X(group_normalize, GroupNormalizeArgs)         \
+  X(group_normalize_bwd, GroupNormalizeGradArgs) \
+  X(group_advantage, GroupAdvantageArgs)         \
+  X(token_baseline, TokenBaselineArgs)           \
+  X(kl, KlArgs)                                  \
+  X(shape_rewards, RewardArgs)                   \
+  X(shape_rewards_bwd, RewardGradArgs)           \
+  X(policy_loss, PolicyLossArgs)                 \
+  X(value_loss, ValueLossArgs)                   \
+  X(scale, ScaleArgs)                            \
+  X(rollout_correction, CorrectionArgs)          \
+  X(importance_weights, ImportanceArgs)          \
+  X(masked_reduce, ReduceArgs)                   \
+  X(masked_reduce_bwd, ReduceGradArgs)           \
+  X(whiten_fwd, WhitenArgs)                      \
   X(whiten_bwd, WhitenGradArgs)
 
 #if defined(RLKERN_CUDA)

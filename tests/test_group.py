@@ -30,6 +30,7 @@ LABELS = [
     (list("abcdefg"), "singletons only"),
     (list("abacbdaab"), "ragged, interleaved, one singleton"),
     ([i % 7 for i in range(300)], "more rows than the table starts with"),
+    (["a"] * 190 + ["b"] * 70, "groups for a block of threads each"),
     (list(range(500)), "more groups than the table starts with"),
 ]
 
@@ -73,7 +74,7 @@ def test_group_mean_std_known_values_recorded(backend):
 @pytest.mark.parametrize("singleton", SINGLETONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_group_mean_std_matches_reference(backend, dtype, singleton):
-    for labels, why in LABELS[1:6]:
+    for labels, why in LABELS[1:7]:
         for offset, spread in ((0.0, 1.0), (100.0, 0.1), (3.3, 0.0), (1e4, 1.0)):
             if dtype == torch.float16 and offset > 1e3:
                 continue
@@ -259,7 +260,7 @@ def test_group_normalize_known_values_recorded(backend):
 @pytest.mark.parametrize("baseline", BASELINES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_group_normalize_matches_reference(backend, dtype, baseline):
-    for labels, why in LABELS[1:6]:
+    for labels, why in LABELS[1:7]:
         for offset, spread in ((0.0, 1.0), (100.0, 0.1), (3.3, 0.0)):
             scores, lengths = inputs(labels, dtype, offset=offset, spread=spread)
             n = lengths if baseline == "length_weighted" else None

@@ -15,24 +15,19 @@ inline void for_group(const Groups& groups, int64_t g, F&& f) {
 }
 // weights: null where every row weighs the same. omit: a NaN is no score.
 inline GroupMoments moments_of(const Groups& groups, int64_t g, const double* scores, const double* weights, bool omit = false) {
-  GroupMoments m;
-  int64_t begin = groups.offsets[g], count = 0;
+  int64_t begin = groups.offsets[g];
   const int64_t end = groups.offsets[g + 1];
   auto left_out = [&](int64_t r) { return omit && scores[r] != scores[r]; };
   while (begin < end && left_out(groups.order[begin])) ++begin;
-  const double first = begin < end ? scores[groups.order[begin]] : 0.0;
-  m.shift = first - first == 0 ? first : 0.0;  // not an infinity, which would be NaN minus itself
-  double sum = 0, weighted = 0;
+  const double shift = shift_of(begin < end ? scores[groups.order[begin]] : 0.0);
+  GroupSums sums;
   for_group(groups, g, [&](int64_t r) {
     if (left_out(r)) return;
-    const double d = scores[r] - m.shift;
-    sum += d, ++count;
-    if (weights) m.weight += weights[r], weighted += weights[r] * d;
+    const double d = scores[r] - shift;
+    sums.add(d);
+    if (weights) sums.weigh(d, weights[r]);
   });
-  m.count = static_cast<double>(count);
-  m.mean = sum / m.count;
-  m.baseline = weights ? weighted / m.weight : m.mean;
-  if (!weights) m.weight = m.count;
+  GroupMoments m = sums.moments(shift, weights != nullptr);
   for_group(groups, g, [&](int64_t r) {
     if (left_out(r)) return;
     const double d = m.deviation(scores[r]);

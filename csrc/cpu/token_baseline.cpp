@@ -169,21 +169,18 @@ struct Sweeps {
   void group(int64_t g) {
     const int64_t *rows = a.groups.order + a.groups.offsets[g], k = a.groups.offsets[g + 1] - a.groups.offsets[g], words = width / W;
     for (int64_t t = 0; t < width; ++t) total.data[t] = weight.data[t] = 0;
-    int64_t members = 0, longest = -1, second = -1;
+    TwoLongest of;
     for (int64_t i = 0; i < k; ++i) {
       A* to = to_go.data + i * width;
       uint16_t* kept = lanes.data + i * words;
-      const int64_t n = lengths.data[i] = a.by_token ? packed_row(rows[i], to, kept) : padded_row(rows[i], to, kept);
-      if (a.by_token && n == 0) continue;
-      ++members;
-      if (n > longest) second = longest, longest = n;
-      else if (n > second) second = n;
+      lengths.data[i] = a.by_token ? packed_row(rows[i], to, kept) : padded_row(rows[i], to, kept);
+      of.add(lengths.data[i], a.by_token);
     }
-    for (int64_t t = 0; t < width; ++t) base.data[t] = members > 1 ? static_cast<A>(total.data[t] / (weight.data[t] + a.eps)) : A(0);
-    const bool cut = a.zero_tail && members > 1 && longest > second;
-    for (int64_t t = 0; t < width && cut; ++t) tail.data[t] = t < second ? base.data[t] : A(0);
+    for (int64_t t = 0; t < width; ++t) base.data[t] = of.members > 1 ? static_cast<A>(total.data[t] / (weight.data[t] + a.eps)) : A(0);
+    const bool cut = a.zero_tail && of.cuts(of.longest);
+    for (int64_t t = 0; t < width && cut; ++t) tail.data[t] = t < of.second ? base.data[t] : A(0);
     for (int64_t i = 0; i < k; ++i) {
-      const A *from = to_go.data + i * width, *b = cut && lengths.data[i] == longest ? tail.data : base.data;
+      const A *from = to_go.data + i * width, *b = cut && of.cuts(lengths.data[i]) ? tail.data : base.data;
       a.by_token ? write_packed(rows[i], from, b, lanes.data + i * words) : write_padded(rows[i], from, b, lanes.data + i * words);
     }
   }

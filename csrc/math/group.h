@@ -15,6 +15,23 @@ struct GroupMoments {
   RLKERN_HD double deviation(double s) const { return (s - shift) - mean; }
 };
 
+// Sums over rows of distances from the shift, which make mean and baseline. weight: the row's, where rows weigh differently.
+struct GroupSums {
+  double count = 0, sum = 0, weight = 0, weighted = 0;
+  RLKERN_HD void add(double distance) { sum += distance, count += 1; }
+  RLKERN_HD void weigh(double distance, double w) { weight += w, weighted += w * distance; }
+  RLKERN_HD void merge(const GroupSums& o) { count += o.count, sum += o.sum, weight += o.weight, weighted += o.weighted; }
+  RLKERN_HD GroupMoments moments(double shift, bool weighs) const {
+    GroupMoments m;
+    m.count = count, m.shift = shift, m.mean = sum / count;
+    m.baseline = weighs ? weighted / weight : m.mean;
+    m.weight = weighs ? weight : count;
+    return m;
+  }
+};
+// From a group's first score: not an infinity, which would be NaN minus itself.
+RLKERN_HD double shift_of(double first) { return first - first == 0 ? first : 0.0; }
+
 RLKERN_HD bool alone(const GroupMoments& g) { return g.count <= 1; }
 RLKERN_HD double group_variance(const GroupMoments& g, bool unbiased) { return g.m2 / (unbiased ? g.count - 1 : g.count); }
 
@@ -63,6 +80,17 @@ struct BestTwo {
     if (s > best || row < 0) second = best, best = s, row = r;
     else if (s > second) second = s;
   }
+  // What others found among other rows: of equal scores the lower row is the first.
+  RLKERN_HD void merge(const BestTwo& o) {
+    nan = nan || o.nan, rows += o.rows;
+    if (o.row < 0) return;
+    if (row < 0 || o.best > best || (o.best == best && o.row < row)) {
+      second = row >= 0 && best > o.second ? best : o.second;
+      best = o.best, row = o.row;
+    } else if (o.best > second) {
+      second = o.best;
+    }
+  }
   RLKERN_HD double lead() const { return nan || rows < 2 ? static_cast<double>(NAN) : best - second; }
 };
 // d: sum of the cotangents c of the group; e: sum of c * (s - baseline) * stretch. `weight` is the row's own.
@@ -72,7 +100,22 @@ RLKERN_HD double normalize_grad(const GroupMoments& g, const GroupOptions& o, do
   return o.scale ? linear - q * q * e * std_grad(g, s, o, 0.0) : linear;
 }
 
-// ---- optimal token baseline: the path variance of one token --------------------------------------------------------
+// ---- optimal token baseline ----------------------------------------------------------------------------------------
+// Of a group: its rows, and the two largest numbers of valid tokens among them. By token, a row without any is no member.
+struct TwoLongest {
+  int64_t members = 0, longest = -1, second = -1;
+  RLKERN_HD void add(int64_t n, bool by_token) {
+    if (!by_token || n > 0) merge({1, n, -1});
+  }
+  RLKERN_HD void merge(const TwoLongest& o) {
+    members += o.members;
+    if (o.longest > longest) second = longest > o.second ? longest : o.second, longest = o.longest;
+    else if (o.longest > second) second = o.longest;
+  }
+  // The last columns of a row that alone is the longest have no baseline.
+  RLKERN_HD bool cuts(int64_t n) const { return members > 1 && longest > second && n == longest; }
+};
+// The path variance of one token.
 template <class V>
 RLKERN_HD V path_variance(V old_log_prob, V sum_pi_squared) {
   return fused(constant<V>(-2), exp_of(old_log_prob), constant<V>(1)) + sum_pi_squared;
