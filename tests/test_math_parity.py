@@ -194,9 +194,17 @@ def test_math_parity_correction(backend, which, level, threshold):
     assert_alike(backend, which, ["_rollout_correction_fwd"], call)
 
 
-@pytest.mark.parametrize("gate", [{"mode": "clip", "low": 0.5, "high": 1.0}, {"mode": "mask", "low": 1.0, "high": 1.0},
-                                  {"mode": "mask", "gating": "binary_kl", "low": 0.0, "high": 0.01}, {"mode": "mask", "gating": "tv", "high": 0.05},
-                                  {"mode": "clip", "high": 1.5, "nan": "one"}, {"mode": "clip", "high": 1.5, "nan": "drop"}])  # fmt: skip
+GATES = [
+    {"mode": "clip", "low": 0.5, "high": 1.0},
+    {"mode": "mask", "low": 1.0, "high": 1.0},
+    {"mode": "mask", "gating": "binary_kl", "low": 0.0, "high": 0.01},
+    {"mode": "mask", "gating": "tv", "high": 0.05},
+    {"mode": "clip", "high": 1.5, "nan": "one"},
+    {"mode": "clip", "high": 1.5, "nan": "drop"},
+]
+
+
+@pytest.mark.parametrize("gate", GATES)
 @which
 def test_math_parity_gates(backend, which, gate):
     old, rollout = product(which, LOG_PROBS, LOG_PROBS)
