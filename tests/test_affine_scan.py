@@ -62,6 +62,18 @@ def test_affine_scan_grad_matches_reference(backend, reverse):
             assert_within(k, f, e, e.abs() * 10, "affine_scan grad")
 
 
+def test_affine_scan_grad_matches_reference_expanded(backend):
+    """A decay a row that was expanded to its tokens: each token's gradient, and so their sum."""
+    x = torch.linspace(-1, 1, 60).view(3, 20)
+    one = torch.tensor([0.5, 0.9, 0.1])
+    found = []
+    for shape in ((3,), (3, 1)):
+        leaf = one.clone().requires_grad_()
+        decay = leaf if shape == (3,) else leaf.view(shape).expand(3, 20)
+        found += torch.autograd.grad(rlkern.affine_scan(decay, x).sum(), leaf)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("reverse", [True, False])
 def test_affine_scan_gradcheck(backend, reverse):
     for decay in decays(2, 19, torch.float64)[1:]:

@@ -42,7 +42,8 @@ void affine_grad_row(const AffineGradArgs& a, int64_t r, bool stream) {
   constexpr int W = kLanes<A>;
   const Column<A> decay(a.decay, a.rows, r), y(a.y, a.rows, r), grad(a.grad, a.rows, r);
   const OutColumn<A> d_x(a.d_x, a.rows, r, stream);
-  const bool one_decay = !a.decay || a.decay.inner_stride == 0, per_token = a.d_decay && !one_decay;
+  const bool one_decay = !a.decay || a.decay.inner_stride == 0;
+  const bool per_token = a.d_decay && a.decay && (!one_decay || a.decay.cols != 1);  // or one decay, expanded
   const OutColumn<A> d_decay(per_token ? a.d_decay : Operand{}, a.rows, r, stream);
   const A only = a.decay ? (one_decay ? decay.value[0] : A(0)) : A(a.decay_value);
   const A initial = a.initial ? row_value<A>(a.initial, r) : A(0);
@@ -75,7 +76,7 @@ void affine_grad_row(const AffineGradArgs& a, int64_t r, bool stream) {
     inside.add(product);
   });
   const Rows lone{1, 1, nullptr};
-  if (a.d_decay && one_decay) OutColumn<A>(a.d_decay, lone, 0, false)(r, 1, splat(A(ends + inside.total())));
+  if (a.d_decay && !per_token) OutColumn<A>(a.d_decay, lone, 0, false)(r, 1, splat(A(ends + inside.total())));
   if (a.d_initial) OutColumn<A>(a.d_initial, lone, 0, false)(r * a.d_initial.row_stride, 1, splat(length > 0 ? decay_at(last) * c : A(0)));
 }
 
