@@ -59,23 +59,25 @@ struct Spot {
 __device__ __forceinline__ int64_t first_slot(const Chunks& c, const Rows& rows, int64_t r) {
   return rows.cu ? (c.lead + rows.cu[r]) / c.tokens + r : r * c.per_row;
 }
-__device__ __forceinline__ Spot take_chunk(const Chunks& c, const Rows& rows) {
-  RLKERN_SHARED(Spot, spot, 1);
+// The chunk of a number; those that it waits for have smaller ones. The whole block asks.
+__device__ __forceinline__ Spot chunk_at(const Chunks& c, const Rows& rows, int64_t number) {
+  if (!rows.cu) return {number % rows.count, number / rows.count, number % rows.count * c.per_row + number / rows.count};  // all rows advance
+  RLKERN_SHARED(int64_t, found, 1);
   if (threadIdx.x < kWarp) {
-    const int64_t ticket = __shfl_sync(kWholeWarp, threadIdx.x == 0 ? atomicAdd(c.counters, 1u) : 0u, 0);
-    int64_t row = 0;
-    if (rows.cu) {
-      int64_t begun = 0;
-      for (int64_t r = threadIdx.x; r < rows.count; r += kWarp) begun += first_slot(c, rows, r) <= ticket;
-      row = warp_fold(begun, [](int64_t a, int64_t b) { return a + b; }) - 1;
-    }
-    if (threadIdx.x == 0) {
-      if (rows.cu) spot[0] = {row, ticket - first_slot(c, rows, row), ticket};
-      else spot[0] = {ticket % rows.count, ticket / rows.count, ticket % rows.count * c.per_row + ticket / rows.count};  // all rows advance
-    }
+    int64_t begun = 0;
+    for (int64_t r = threadIdx.x; r < rows.count; r += kWarp) begun += first_slot(c, rows, r) <= number;
+    begun = warp_fold(begun, [](int64_t a, int64_t b) { return a + b; });
+    if (threadIdx.x == 0) found[0] = begun - 1;
   }
   __syncthreads();
-  return spot[0];
+  const int64_t row = found[0];
+  return {row, number - first_slot(c, rows, row), number};
+}
+__device__ __forceinline__ Spot take_chunk(const Chunks& c, const Rows& rows) {
+  RLKERN_SHARED(unsigned, ticket, 1);
+  if (threadIdx.x == 0) ticket[0] = atomicAdd(c.counters, 1u);
+  __syncthreads();
+  return chunk_at(c, rows, ticket[0]);
 }
 // A value that others read, and its bit once the value is there.
 template <class T>

@@ -141,12 +141,12 @@ template <int N>
 __device__ __forceinline__ int64_t tiles_of(const Group& g, int64_t length) {
   return (length + g.threads * N - 1) / (g.threads * N);
 }
-// The piece of a thread in tile j. Pieces begin at the row's start, whatever its address: the order of operations depends on
-// the length alone.
+// The piece of a thread in the j-th tile of the walk. Pieces and tiles begin at the row's start, whatever its address and what
+// follows: masked tokens there, as padding has them, change no bit.
 template <int N, bool Reverse>
 __device__ __forceinline__ Piece tile_piece(const Group& g, int64_t j, int64_t length) {
-  const int64_t pieces = pieces_of<N>(0, length), k = Reverse ? pieces - (j + 1) * g.threads + g.thread : (j + 1) * g.threads - 1 - g.thread;
-  return k < 0 || k >= pieces ? Piece{} : piece_of<N>(k, 0, length);
+  const int64_t k = Reverse ? (tiles_of<N>(g, length) - 1 - j) * g.threads + g.thread : (j + 1) * g.threads - 1 - g.thread;
+  return k < 0 || k >= pieces_of<N>(0, length) ? Piece{} : piece_of<N>(k, 0, length);
 }
 __device__ __forceinline__ unsigned inside_bits(const Piece& p) { return ((1u << p.end) - 1) & ~((1u << p.begin) - 1); }
 
