@@ -10,32 +10,11 @@ namespace {
 // `one` where kept. Of a mask that holds other values, those as they are, read again.
 template <int N, class Word>
 __device__ __forceinline__ void store_kept(void* address, Word one, const Piece& p, unsigned keep, const void* own, int64_t step) {
-  constexpr int kBytes = N * static_cast<int>(sizeof(Word)), kStep = kBytes < kWide ? kBytes : kWide;
   Word* const to = static_cast<Word*>(address);
   Word v[N];
 #pragma unroll
   for (int i = 0; i < N; ++i) v[i] = keep >> i & 1 ? (own ? static_cast<const Word*>(own)[i * step] : one) : Word(0);
-  if (kBytes >= 4 && p.whole && reinterpret_cast<uintptr_t>(to) % kStep == 0) {
-#pragma unroll
-    for (int i = 0; i < kBytes; i += kStep) {
-      const char* const from = reinterpret_cast<const char*>(v) + i;
-      char* const there = reinterpret_cast<char*>(to) + i;
-      if constexpr (kStep == 16) {
-        uint4 raw;
-        memcpy(&raw, from, 16);
-        __stwb(reinterpret_cast<uint4*>(there), raw);
-      } else if constexpr (kStep == 8) {
-        uint2 raw;
-        memcpy(&raw, from, 8);
-        *reinterpret_cast<uint2*>(there) = raw;
-      } else if constexpr (kStep == 4) {
-        unsigned raw;
-        memcpy(&raw, from, 4);
-        *reinterpret_cast<unsigned*>(there) = raw;
-      }
-    }
-    return;
-  }
+  if (store_whole<N* static_cast<int>(sizeof(Word))>(to, v, p)) return;
 #pragma unroll
   for (int i = 0; i < N; ++i)
     if (i >= p.begin && i < p.end) to[i] = v[i];
@@ -119,16 +98,19 @@ __global__ void __launch_bounds__(kTeamThreads, Weigh&& Reject&& std::is_same_v<
   using A = ArithmeticOf<S>;
   constexpr int N = Stored<S>::kPiece;
   constexpr bool kLate = !Weigh || Reject;
-  [[maybe_unused]] constexpr int kHalves = kLate ? 1 : N / kAtOnce<S>;  // one by one where many sums are in registers
+  constexpr int M = kAtOnce<S>;
+  constexpr bool kWhole = Weigh && !Reject;  // else half a piece after the other: many sums are in registers
+  [[maybe_unused]] constexpr int kHalves = kWhole ? N / M : 1;
   RLKERN_SHARED(double, of_warps, kCorrectionFields* kTeamWarps);
   RLKERN_DYNAMIC_SHARED(uint16_t, held);  // what is valid, then what is kept
   const Table table{of_warps};
   table.clear();
   const Team team = team_of(teams);
-  const int64_t r = team.there ? team.row : 0, base = a.rows.base(a.old_log_prob, r);
+  const int r = team.there(teams) ? team.row : 0;
+  const int64_t base = a.rows.base(a.old_log_prob, r);
   const int64_t rollout_base = a.rows.base(a.rollout_log_prob, r), mask_base = a.rows.base(a.mask, r), out_base = a.rows.base(a.weights, r);
   const int lead = lead_of<S>(a.old_log_prob, base);
-  const int share = team.there ? team.share(pieces_of<N>(lead, team.length)) : 0;
+  const int share = team.there(teams) ? team.share(teams, pieces_of<N>(lead, team.length)) : 0;
   const bool weigh = Weigh && a.level == WeightLevel::token, compare = !Weigh && !Reject && a.probabilities;
 
   OffPolicy off_policy;
@@ -137,7 +119,7 @@ __global__ void __launch_bounds__(kTeamThreads, Weigh&& Reject&& std::is_same_v<
   ByK<A, 1> k1;
   ByK<A, 2> k2;
   ByK<A, 3> k3;
-  unsigned kept = 0;
+  unsigned kept = 0, numbers = 0;
   bool weighs = false;  // this thread's mask holds other values than 0 and 1
   for (int j = 0; j < share; ++j) {
     const Piece p = piece_of<N>(team.first + static_cast<int64_t>(j) * team.step, lead, team.length);
@@ -145,44 +127,45 @@ __global__ void __launch_bounds__(kTeamThreads, Weigh&& Reject&& std::is_same_v<
     auto y = load<S>(a.rollout_log_prob, rollout_base, p);
     const Bits bits = mask_bits<N>(a.mask, mask_base, p);
     unsigned keep = bits.valid;
-    A w[N] = {};
-    if (bits.valid) {
+    A w[kWhole ? N : M] = {};
 #pragma unroll kHalves
-      for (int h = 0; h < N; h += kAtOnce<S>) {
-        const unsigned valid = bits.valid >> h;
-        RatioTerms<A> terms[kAtOnce<S>];
+    for (int h = 0; h < N; h += M) {
+      const unsigned valid = bits.valid >> h;
+      if (bits.valid) {
+        RatioTerms<A> terms[M];
 #pragma unroll
-        for (int i = 0; i < kAtOnce<S>; ++i) {
-          const Token<A> t(x[i], y[i], valid >> i & 1);
+        for (int i = 0; i < M; ++i) {
+          const bool is_valid = valid >> i & 1;
+          const Token<A> t(x[i], y[i], is_valid);
           off_policy.add(t), terms[i] = t.terms;
-          if (compare) probabilities.add(t, valid >> i & 1);
-          if (!weigh) continue;
-          const A of_token = weights.add(t.terms.e, valid >> i & 1, asked.least, asked.most, a.icepop);
-          if (h == 0) w[i] = of_token;
-          else w[N - kAtOnce<S> + i] = of_token;
+          if constexpr (Reject) numbers += is_valid && t.terms.q == t.terms.q;
+          if (compare) probabilities.add(t, is_valid);
+          if (weigh) w[kWhole ? h + i : i] = weights.add(t.terms.e, is_valid, asked.least, asked.most, a.icepop);
         }
         if constexpr (Reject) k1.add(terms, valid, h, keep, asked), k2.add(terms, valid, h, keep, asked), k3.add(terms, valid, h, keep, asked);
-        go_on<S>(x), go_on<S>(y);
       }
-      off_policy.tokens += __popc(bits.valid), kept += __popc(keep), weighs |= bits.weighs;
+      go_on<S>(x), go_on<S>(y);
+      if (!kWhole && weigh) store_as(a.weights, out_base, p, w, h);
     }
-    if (weigh) store_as<S>(a.weights, out_base, p, w);
-    if (Reject && !late && a.modified) store_mask<N>(a, r, p, keep, bits.weighs);
+    off_policy.tokens += __popc(bits.valid), kept += __popc(keep), weighs |= bits.weighs;
+    if (kWhole && weigh) store_as(a.weights, out_base, p, w);
+    if constexpr (Reject)
+      if (!late && a.modified) store_mask<N>(a, r, p, keep, bits.weighs);
     if (kLate && j < teams.held) held[j * kTeamThreads + threadIdx.x] = static_cast<uint16_t>(bits.valid | keep << 8);
   }
   off_policy.leave(table), table.template leave<Fold::sum>(kRKept, kept);
   if (weigh) weights.leave(table);
   if (compare) probabilities.leave(table);
-  if constexpr (Reject) k1.leave(table, asked), k2.leave(table, asked), k3.leave(table, asked);
+  if constexpr (Reject) k1.leave(table, numbers, asked), k2.leave(table, numbers, asked), k3.leave(table, numbers, asked);
   table.merge(teams, team, parts, fold_of);
 
   const bool stays = !Reject || row_stays_by_all<A>(a, table, team.warp), sequence = (!Weigh || !kOften<S>) && a.level == WeightLevel::sequence;
-  if (!team.there) return;
+  if (!team.there(teams)) return;
   const A q = A(table.field(kROld, team.warp) - table.field(kRRollout, team.warp)), ratio = exp_of(clamped(q, A(-kSafety), A(kSafety)));
-  if (team.chunk == 0) {
+  if (team.leads()) {
     double* const column = static_cast<double*>(a.table.data) + r;
     const int fields = (Weigh || Reject) && a.probabilities ? kRProbability : kCorrectionFields;  // those are another launch's
-    for (int f = team.thread; f < fields; f += teams.warps * kWarp) {
+    for (int f = team.thread(); f < fields; f += teams.warps * kWarp) {
       const double found = f == kRKept && !stays ? 0 : f == kRRatio && sequence ? static_cast<double>(ratio) : table.field(f, team.warp);
       column[f * a.rows.count] = found;
     }
@@ -202,9 +185,10 @@ __global__ void __launch_bounds__(kTeamThreads, Weigh&& Reject&& std::is_same_v<
       A w[N];
 #pragma unroll
       for (int i = 0; i < N; ++i) w[i] = bits >> i & 1 ? of_row : A(0);
-      store_as<S>(a.weights, out_base, p, w);
+      store_as(a.weights, out_base, p, w);
     }
-    if (Reject && a.modified) store_mask<N>(a, r, p, stays ? bits >> 8 : 0, weighs);
+    if constexpr (Reject)
+      if (a.modified) store_mask<N>(a, r, p, stays ? bits >> 8 : 0, weighs);
   }
 }
 

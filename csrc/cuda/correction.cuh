@@ -108,7 +108,7 @@ struct ByK {
   double sum = 0;
   Extremes<A> range;
   Moments2 clamped_to;
-  unsigned high = 0, low = 0, kept = 0;
+  unsigned high = 0, low = 0;
   // Of tokens [first, first + N) of a piece, whose `valid` these are; its `keep` loses what the option rejects.
   template <int N>
   __device__ __forceinline__ void add(const RatioTerms<A> (&terms)[N], unsigned valid, int first, unsigned& keep, const Asked<A>& asked) {
@@ -120,19 +120,19 @@ struct ByK {
       const A v = divergence<K>(terms[i].q, terms[i].k3), tested = is_valid ? v : nothing<A>();  // 0 where masked
       sum += static_cast<double>(v), range.add(tested);
       if (!asked.token[K - 1]) continue;
-      const bool within = tested >= least && tested <= most;
-      kept += within, high += tested > most, low += tested < least;
-      if (!within) keep &= ~(1u << (first + i));
+      high += tested > most, low += tested < least;
+      if (!(tested >= least && tested <= most)) keep &= ~(1u << (first + i));
       clamped_to.add(is_valid ? clamped(v, least, most) : A(0), 0.0);
     }
   }
-  __device__ __forceinline__ void leave(const Table& table, const Asked<A>& asked) const {
+  // numbers: how many valid tokens have a log-ratio that is no NaN.
+  __device__ __forceinline__ void leave(const Table& table, unsigned numbers, const Asked<A>& asked) const {
     constexpr int F = kRByK + (K - 1) * kByK;
     if (!asked.any[K - 1]) return;
     table.leave<Fold::sum>(F + kKSum, sum), table.leave<Fold::most>(F + kKMax, range.most), table.leave<Fold::least>(F + kKMin, range.least);
     if (!asked.token[K - 1]) return;
     table.leave<Fold::sum>(F + kKClamped, clamped_to.sum), table.leave<Fold::sum>(F + kKClamped2, clamped_to.square);
-    table.leave<Fold::sum>(F + kKHigh, high), table.leave<Fold::sum>(F + kKLow, low), table.leave<Fold::sum>(F + kKKept, kept);
+    table.leave<Fold::sum>(F + kKHigh, high), table.leave<Fold::sum>(F + kKLow, low), table.leave<Fold::sum>(F + kKKept, numbers - high - low);
   }
 };
 

@@ -36,11 +36,12 @@ __global__ void __launch_bounds__(kTeamThreads, kTeamBlocks)
   const Columns<kWeightFields> columns{of_warps};
   columns.clear();
   const Team team = team_of(teams);
-  const int64_t r = team.there ? team.row : 0, base = a.rows.base(a.old_log_prob, r);
+  const int r = team.there(teams) ? team.row : 0;
+  const int64_t base = a.rows.base(a.old_log_prob, r);
   const int64_t rollout_base = a.rows.base(a.rollout_log_prob, r), mask_base = a.rows.base(a.mask, r), out_base = a.rows.base(a.weights, r);
   const bool by_token = a.unit == GateUnit::token, late = !by_token && !a.per_row, one = a.nan == OnNan::one;
   const int lead = lead_of<S>(a.old_log_prob, base);
-  const int share = team.there ? team.share(pieces_of<N>(lead, team.length)) : 0;
+  const int share = team.there(teams) ? team.share(teams, pieces_of<N>(lead, team.length)) : 0;
   const A padding = A(a.padding);
 
   double log_ratios = 0, terms = 0;
@@ -65,7 +66,7 @@ __global__ void __launch_bounds__(kTeamThreads, kTeamBlocks)
       w[i] = is_valid ? gate.weight(w[i], filtered) : padding;
     }
     tokens += __popc(valid);
-    if (by_token) store_as<S>(a.weights, out_base, p, w);
+    if (by_token) store_as(a.weights, out_base, p, w);
     if (j >= teams.held) continue;
 #pragma unroll
     for (int i = 0; i < N; ++i) held[(j * N + i) * kTeamThreads + threadIdx.x] = w[i];
@@ -74,13 +75,13 @@ __global__ void __launch_bounds__(kTeamThreads, kTeamBlocks)
   columns.leave<Fold::sum>(kWTokens, tokens), columns.leave<Fold::sum>(kWLogRatio, log_ratios);
   columns.leave<Fold::sum>(kWStatistic, terms), columns.leave<Fold::sum>(kWFiltered, out);
   columns.merge(teams, team, parts, [](int) { return Fold::sum; });
-  if (!team.there) return;
+  if (!team.there(teams)) return;
 
   const double count = columns.field(kWTokens, team.warp), total = columns.field(kWStatistic, team.warp);
   const A statistic = static_cast<A>(a.unit == GateUnit::mean ? total / count : total);
   const A of_row = a.gating == Gating::ratio ? exp_of(statistic) : statistic;
   const bool filtered = gate.filtered(of_row);
-  if (team.chunk == 0 && team.thread == 0) {
+  if (team.leads() && team.thread() == 0) {
     double* const table = static_cast<double*>(a.table.data) + r;
     table[kWTokens * a.rows.count] = count, table[kWLogRatio * a.rows.count] = columns.field(kWLogRatio, team.warp);
     table[kWStatistic * a.rows.count] = statistic;
@@ -105,7 +106,7 @@ __global__ void __launch_bounds__(kTeamThreads, kTeamBlocks)
     }
 #pragma unroll
     for (int i = 0; i < N; ++i) w[i] = valid >> i & 1 ? gate.weight(exp_of(w[i]), filtered) : padding;
-    store_as<S>(a.weights, out_base, p, w);
+    store_as(a.weights, out_base, p, w);
   }
 }
 

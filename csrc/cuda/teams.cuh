@@ -20,30 +20,28 @@ struct Teams {
   int warps = 1, chunks = 1, held = 0;
 };
 struct Team {
-  int64_t row = 0, length = 0;
-  int first = 0, step = 0;      // the pieces of this thread: first + j * step
-  int thread = 0, warp = 0;     // of this thread within its team, in this block; the team's first warp
-  int chunk = 0;
-  bool there = false;
-  int log = 0;  // of the step, of one block: no division
+  int row = 0;
+  int first = 0, step = 0;  // the pieces of this thread: first + j * step
+  int warp = 0;             // the team's first, in this block
+  int64_t length = 0;
+  __device__ __forceinline__ int thread() const { return static_cast<int>(threadIdx.x) - warp * kWarp; }  // within the team, in this block
+  __device__ __forceinline__ bool leads() const { return first < kTeamThreads; }                          // of a row's blocks, the first
+  __device__ __forceinline__ bool there(const Teams& t) const { return row < t.rows.count; }
   // How many of so many pieces are this thread's.
-  __device__ __forceinline__ int share(int64_t pieces) const {
+  __device__ __forceinline__ int share(const Teams& t, int64_t pieces) const {
     const int64_t left = pieces - first + step - 1;
-    return left < step ? 0 : static_cast<int>(log ? left >> log : left / step);
+    if (left < step) return 0;
+    return static_cast<int>(t.chunks == 1 ? left >> (31 - __clz(step)) : left / step);
   }
 };
 __device__ __forceinline__ Team team_of(const Teams& t) {
   Team x;
-  const int thread = static_cast<int>(threadIdx.x), threads = t.warps * kWarp, log = 31 - __clz(threads), number = thread >> log;
-  x.thread = thread - number * threads, x.warp = number * t.warps;
-  if (t.chunks > 1) {
-    x.row = blockIdx.x / static_cast<unsigned>(t.chunks), x.chunk = static_cast<int>(blockIdx.x % static_cast<unsigned>(t.chunks));
-  } else {
-    x.row = (static_cast<int64_t>(blockIdx.x) * kTeamThreads + thread) >> log, x.log = log;
-  }
-  x.there = x.row < t.rows.count;
-  x.length = x.there ? t.rows.len(x.row) : 0;
-  x.first = x.chunk * threads + x.thread, x.step = threads * t.chunks;
+  const int block = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x), threads = t.warps * kWarp, log = 31 - __clz(threads);
+  x.row = t.chunks > 1 ? block / t.chunks : block * (kTeamThreads >> log) + (thread >> log);
+  x.warp = (thread >> log) * t.warps;
+  x.first = t.chunks > 1 ? (block - x.row * t.chunks) * kTeamThreads + thread : thread & (threads - 1);
+  x.step = threads * t.chunks;
+  x.length = x.there(t) ? t.rows.len(x.row) : 0;
   return x;
 }
 
@@ -54,6 +52,7 @@ Grid team_grid(const char* op, const Place& place, Teams& t, const Operand& toke
   Grid grid{0, kTeamThreads};
   const int64_t rows = t.rows.count;
   if (rows == 0) return grid;
+  if (rows > 0x7fffff00) throw std::runtime_error(std::string("rlkern.") + op + ": the rows must fit one grid; split the batch.");
   const OnDevice device(place.device, op);
   const int64_t length = t.rows.cu ? (tokens.cols + rows - 1) / rows : t.rows.length, pieces = (length + piece - 1) / piece;
   const int64_t processors = device_number(cudaDevAttrMultiProcessorCount, place, op);
@@ -102,7 +101,7 @@ struct Columns {
   __device__ __forceinline__ void merge(const Teams& teams, const Team& team, double* parts, How how) const {
     __syncthreads();
     const int threads = teams.warps * kWarp;
-    for (int f = team.thread; f < Fields; f += threads) {
+    for (int f = team.thread(); f < Fields; f += threads) {
       double v = field(f, team.warp);
       for (int w = 1; w < teams.warps; ++w) v = folded(how(f), v, field(f, team.warp + w));
       if (teams.chunks > 1) parts[static_cast<int64_t>(blockIdx.x) * Fields + f] = v;
@@ -110,8 +109,8 @@ struct Columns {
     }
     if (teams.chunks > 1) {
       grid_barrier();
-      const double* const of_row = parts + team.row * teams.chunks * Fields;
-      for (int f = team.thread; f < Fields; f += threads) {
+      const double* const of_row = parts + static_cast<int64_t>(team.row) * teams.chunks * Fields;
+      for (int f = team.thread(); f < Fields; f += threads) {
         double v = part(of_row, f);
 #pragma unroll 4
         for (int c = 1; c < teams.chunks; ++c) v = folded(how(f), v, part(of_row, static_cast<int64_t>(c) * Fields + f));
@@ -123,30 +122,48 @@ struct Columns {
 };
 
 // ---- outputs whose dtype is their own -----------------------------------------------------------------------------------
+// A whole piece of so many bytes, as wide as may be; false where it goes by element.
+template <int Bytes>
+__device__ __forceinline__ bool store_whole(void* to, const void* from, const Piece& p) {
+  constexpr int kStep = Bytes < kWide ? Bytes : kWide;
+  if (!p.whole || reinterpret_cast<uintptr_t>(to) % kStep != 0) return false;
+#pragma unroll
+  for (int i = 0; i < Bytes; i += kStep) {
+    char* const there = static_cast<char*>(to) + i;
+    const char* const here = static_cast<const char*>(from) + i;
+    if constexpr (kStep == 16) {
+      uint4 raw;
+      memcpy(&raw, here, 16);
+      __stwb(reinterpret_cast<uint4*>(there), raw);  // an assignment may be split
+    } else if constexpr (kStep == 8) {
+      uint2 raw;
+      memcpy(&raw, here, 8);
+      *reinterpret_cast<uint2*>(there) = raw;
+    } else if constexpr (kStep == 4) {
+      unsigned raw;
+      memcpy(&raw, here, 4);
+      *reinterpret_cast<unsigned*>(there) = raw;
+    } else {
+      return false;
+    }
+  }
+  return true;
+}
 template <class T, int N, class A>
 __device__ __forceinline__ void store_elements(T* to, const Piece& p, const A (&value)[N]) {
   T v[N];
 #pragma unroll
   for (int i = 0; i < N; ++i) v[i] = rounded<T>(value[i]);
-  if constexpr (N * sizeof(T) % kWide == 0) {
-    if (p.whole && wide(to)) {
-#pragma unroll
-      for (int i = 0; i < N; i += kVector<T>) {
-        uint4 raw;
-        memcpy(&raw, v + i, kWide);
-        __stwb(reinterpret_cast<uint4*>(to + i), raw);
-      }
-      return;
-    }
-  }
+  if (store_whole<N* static_cast<int>(sizeof(T))>(to, v, p)) return;
 #pragma unroll
   for (int i = 0; i < N; ++i)
     if (i >= p.begin && i < p.end) to[i] = v[i];
 }
-// A piece as it is cut for S.
-template <class S>
-__device__ __forceinline__ void store_as(const Operand& x, int64_t base, const Piece& p, const ArithmeticOf<S> (&value)[Stored<S>::kPiece]) {
-  const int64_t i = base + p.first;
+// Tokens [from, from + N) of a piece.
+template <int N, class A>
+__device__ __forceinline__ void store_as(const Operand& x, int64_t base, Piece p, const A (&value)[N], int from = 0) {
+  p.begin -= from, p.end -= from;
+  const int64_t i = base + p.first + from;
   switch (x.dtype) {
     case Dtype::f32: store_elements(static_cast<float*>(x.data) + i, p, value); break;
     case Dtype::f64: store_elements(static_cast<double*>(x.data) + i, p, value); break;
