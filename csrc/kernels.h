@@ -36,6 +36,7 @@
   X(kl, KlArgs)                        \
   X(shape_rewards, RewardArgs)         \
   X(shape_rewards_bwd, RewardGradArgs) \
+  X(policy_select, PolicySelectArgs)   \
   X(whiten_fwd, WhitenArgs)            \
   X(masked_reduce, ReduceArgs)         \
   X(masked_reduce_bwd, ReduceGradArgs) \

@@ -103,13 +103,17 @@ template <class... Parameters>
 int resident_blocks(const char* op, const Place& place, void (*kernel)(Parameters...), int threads, size_t shared) {
   static std::mutex mutex;
   static std::unordered_map<std::string, int> known;
-  const std::string key =
-      std::to_string(reinterpret_cast<size_t>(kernel)) + ' ' + std::to_string(place.device) + ' ' + std::to_string(threads) + ' ' + std::to_string(shared);
+  static std::unordered_map<std::string, size_t> allowed;  // once allowed, always: another size asks for less
+  const std::string which = std::to_string(reinterpret_cast<size_t>(kernel)) + ' ' + std::to_string(place.device);
+  const std::string key = which + ' ' + std::to_string(threads) + ' ' + std::to_string(shared);
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = known.find(key);
   if (found != known.end()) return found->second;
   const OnDevice device(place.device, op);
-  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), op);
+  if (size_t& most = allowed[which]; shared > most) {
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), op);
+    most = shared;
+  }
   int blocks = 0;
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared), op);
   return known[key] = blocks * device_number(cudaDevAttrMultiProcessorCount, place, op);
