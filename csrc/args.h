@@ -203,11 +203,13 @@ struct RewardGradArgs {  // of per-row rewards
   Place place;
 };
 
-// How a loss adds up. What is local is counted by the kernel.
+// How a loss adds up. What is local is counted by the kernel. On a GPU the numbers that are -infinity are in `counts`, four of
+// them in this order, in its memory.
 struct AggOptions {
   Agg mode;
   double dp_size, tokens, sequences, scale;
   bool local_tokens, local_sequences;
+  const double* counts = nullptr;
 };
 struct PolicyClipOptions {
   double low, high;  // r in [1 - low, 1 + high]

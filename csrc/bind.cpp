@@ -175,7 +175,7 @@ AggOptions agg_options(Agg mode, std::array<double, 4> n, const PerRow& counts) 
   const bool local_tokens = std::isnan(n[1]), local_sequences = std::isnan(n[2]);
   for (size_t i = 0; i < n.size(); ++i)
     if (counts && kHostReads && n[i] == -std::numeric_limits<double>::infinity()) n[i] = static_cast<const double*>(counts.data)[i];
-  return {mode, n[0], n[1], n[2], n[3], local_tokens, local_sequences};
+  return {mode, n[0], n[1], n[2], n[3], local_tokens, local_sequences, kHostReads ? nullptr : static_cast<const double*>(counts.data)};
 }
 double policy_loss_fwd(Tokens old_log_prob, Tokens log_prob, Tokens advantages, PerRow advantages_row, Tokens mask, Tokens weights, PerRow weights_row,
                        Tokens ref_log_prob, Tokens entropy, PerRow counts, Packed packed, const std::array<double, 4>& clip, Agg mode,

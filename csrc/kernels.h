@@ -37,6 +37,8 @@
   X(shape_rewards, RewardArgs)         \
   X(shape_rewards_bwd, RewardGradArgs) \
   X(policy_select, PolicySelectArgs)   \
+  X(value_loss, ValueLossArgs)         \
+  X(scale, ScaleArgs)                  \
   X(whiten_fwd, WhitenArgs)            \
   X(masked_reduce, ReduceArgs)         \
   X(masked_reduce_bwd, ReduceGradArgs) \

@@ -66,30 +66,20 @@ inline void put(const Operand& x, int64_t i, double v) {
   if (x) OutColumn<double>(x, one, 0, false)(i, 1, splat(v));
 }
 
-// `clamp`: of the ratio that the metrics report.
 inline void policy_results(const PolicyLossArgs& a, const RowSums* rows, double clamp) {
   const Counts counts(rows, a.rows.count);
   const AggWeights agg(a.agg, counts.tokens, counts.sequences);
-  double sums[kPolicySums] = {}, pg = 0, kl = 0, entropy = 0, high = -__builtin_inf(), far = 0;
+  PolicyTotals t;
+  t.tokens = counts.tokens, t.sequences = counts.sequences;
   for (int64_t r = 0; r < a.rows.count; ++r) {
     const RowSums& s = rows[r];
     const double w = agg.row(s.tokens);
-    pg += w * s.loss, kl += w * s.kl, entropy += w * s.entropy;
-    sums[kClipped] += static_cast<double>(s.clipped), sums[kClippedLower] += static_cast<double>(s.lower);
-    sums[kNegLogRatio] += s.neg_log_ratio, sums[kNonfinite] += static_cast<double>(s.nonfinite);
-    if (s.tokens > 0) high = s.high > high ? s.high : high, far = s.far > far ? s.far : far;
+    t.loss += w * s.loss, t.kl += w * s.kl, t.entropy += w * s.entropy;
+    t.clipped += static_cast<double>(s.clipped), t.lower += static_cast<double>(s.lower);
+    t.neg_log_ratio += s.neg_log_ratio, t.nonfinite += static_cast<double>(s.nonfinite);
+    if (s.tokens > 0) t.high = s.high > t.high ? s.high : t.high, t.far = s.far > t.far ? s.far : t.far;
   }
-  pg *= agg.scale, kl *= agg.scale, entropy *= agg.scale;
-  sums[kTokens] = counts.tokens, sums[kSequences] = counts.sequences, sums[kPgLoss] = pg;
-  sums[kKlLoss] = a.ref_log_prob ? kl : 0, sums[kEntropyLoss] = a.entropy ? entropy : 0;
-  double total = pg;
-  if (a.ref_log_prob && a.kl_coef != 0) total += a.kl_coef * kl;
-  if (a.entropy && a.entropy_coeff != 0) total -= a.entropy_coeff * entropy;
-  put(a.loss, 0, total);
-  for (int i = 0; i < kPolicySums; ++i) put(a.sums, i, sums[i]);
-  const double most = high < clamp ? high : clamp;
-  put(a.maxes, kRatioMax, counts.tokens > 0 ? ::exp(most) : 0);
-  put(a.maxes, kAbsLogRatioMax, far);
+  put_policy(a, t, agg.scale, clamp, put);
 }
 
 template <class... O>

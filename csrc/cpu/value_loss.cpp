@@ -53,17 +53,15 @@ void value_row(const ValueLossArgs& a, int64_t r, A weight, const uint16_t* kept
 void value_results(const ValueLossArgs& a, const RowSums* rows) {
   const Counts counts(rows, a.rows.count);
   const AggWeights agg(a.agg, counts.tokens, counts.sequences);
-  double sums[kValueSums] = {}, loss = 0, high = 0;
+  ValueTotals t;
+  t.tokens = counts.tokens, t.sequences = counts.sequences;
   for (int64_t r = 0; r < a.rows.count; ++r) {
     const RowSums& s = rows[r];
-    loss += agg.row(s.tokens) * s.loss;
-    sums[kVClipped] += static_cast<double>(s.clipped), sums[kVPredictions] += s.neg_log_ratio, sums[kVNonfinite] += static_cast<double>(s.nonfinite);
-    high = s.high > high ? s.high : high;
+    t.loss += agg.row(s.tokens) * s.loss;
+    t.clipped += static_cast<double>(s.clipped), t.predictions += s.neg_log_ratio, t.nonfinite += static_cast<double>(s.nonfinite);
+    t.far = s.high > t.far ? s.high : t.far;
   }
-  sums[kVTokens] = counts.tokens, sums[kVSequences] = counts.sequences, sums[kVLoss] = loss * agg.scale;
-  put(a.loss, 0, loss * agg.scale);
-  for (int i = 0; i < kValueSums; ++i) put(a.sums, i, sums[i]);
-  put(a.maxes, kAbsErrorMax, high);
+  put_value(a, t, agg.scale, put);
 }
 
 template <class A>

@@ -30,6 +30,37 @@ RLKERN_HD bool counts_first(const AggOptions& o) {
   return o.mode == Agg::token_mean ? o.local_tokens : o.local_sequences || o.mode == Agg::seq_mean_token_mean;
 }
 
+// What the tokens of a call add up to, and what is made of it: put(operand, i, value). loss, kl, entropy: each row's by its
+// weight, not yet by the scale.
+struct PolicyTotals {
+  double tokens = 0, sequences = 0, clipped = 0, lower = 0, neg_log_ratio = 0, loss = 0, kl = 0, entropy = 0, nonfinite = 0;
+  double high = -__builtin_inf(), far = 0;  // of the log-ratio, and of its size
+};
+// `clamp`: of the ratio that the metrics report.
+template <class Put>
+RLKERN_HD void put_policy(const PolicyLossArgs& a, const PolicyTotals& t, double scale, double clamp, Put put) {
+  const double pg = t.loss * scale, kl = a.ref_log_prob ? t.kl * scale : 0, entropy = a.entropy ? t.entropy * scale : 0;
+  double total = pg;
+  if (a.ref_log_prob && a.kl_coef != 0) total += a.kl_coef * kl;
+  if (a.entropy && a.entropy_coeff != 0) total -= a.entropy_coeff * entropy;
+  put(a.loss, 0, total);
+  put(a.sums, kTokens, t.tokens), put(a.sums, kSequences, t.sequences), put(a.sums, kClipped, t.clipped), put(a.sums, kClippedLower, t.lower);
+  put(a.sums, kNegLogRatio, t.neg_log_ratio), put(a.sums, kPgLoss, pg), put(a.sums, kKlLoss, kl), put(a.sums, kEntropyLoss, entropy);
+  put(a.sums, kNonfinite, t.nonfinite);
+  put(a.maxes, kRatioMax, t.tokens > 0 ? ::exp(t.high < clamp ? t.high : clamp) : 0);
+  put(a.maxes, kAbsLogRatioMax, t.far);
+}
+struct ValueTotals {
+  double tokens = 0, sequences = 0, clipped = 0, predictions = 0, loss = 0, nonfinite = 0, far = 0;  // far: of an error's size
+};
+template <class Put>
+RLKERN_HD void put_value(const ValueLossArgs& a, const ValueTotals& t, double scale, Put put) {
+  put(a.loss, 0, t.loss * scale);
+  put(a.sums, kVTokens, t.tokens), put(a.sums, kVSequences, t.sequences), put(a.sums, kVClipped, t.clipped), put(a.sums, kVPredictions, t.predictions);
+  put(a.sums, kVLoss, t.loss * scale), put(a.sums, kVNonfinite, t.nonfinite);
+  put(a.maxes, kAbsErrorMax, t.far);
+}
+
 // ---- policy --------------------------------------------------------------------------------------------------------
 // l = max(-A r, -A clip(r)), for A < 0 at most -A cap; r = exp(x), x = the clamped log-ratio. Rounding is monotone, so this
 // is -A times the r that wins: at most 1 + high where A > 0, between 1 - low and cap where A < 0.
