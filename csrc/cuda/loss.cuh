@@ -17,7 +17,7 @@ constexpr int kSectionsOfWarp = 8;  // about as many, so that warps end together
 static_assert(kKeptBytes % (kLossWarps * sizeof(uint16_t)) == 0 && kWarp * kVector<double> % kGroup == 0, "a section begins with a group");
 
 struct MaskCount {
-  double tokens = 0, sequences = 0;
+  unsigned long long tokens = 0, sequences = 0;
 };
 __device__ __forceinline__ MaskCount plus(const MaskCount& x, const MaskCount& y) { return {x.tokens + y.tokens, x.sequences + y.sequences}; }
 
@@ -70,8 +70,8 @@ struct KeptMask {
   // Of piece k.
   template <int N>
   __device__ __forceinline__ unsigned bits(const Section& s, int64_t k) const {
-    const int64_t t = (k - s.begin) * N, word = s.word + t / kGroup;
-    if (word < cut.kept) return words[word] >> (t % kGroup) & ((1u << N) - 1);
+    const uint64_t t = static_cast<uint64_t>(k - s.begin) * N, word = static_cast<uint64_t>(s.word) + t / kGroup;
+    if (word < static_cast<uint64_t>(cut.kept)) return words[word] >> (t % kGroup) & ((1u << N) - 1);
     return valid_bits<N>(mask, cut.rows.base(mask, s.row), piece_of<N>(k, s.lead, s.length));
   }
   // What this thread has seen of a section of pieces of N, by M tokens at once.
@@ -94,16 +94,21 @@ struct KeptMask {
 // By lane 0 of a warp: a section's valid tokens. A row counts as a sequence once.
 __device__ __forceinline__ void note(const Cut& cut, int64_t row, int64_t tokens, MaskCount& seen) {
   if (tokens == 0) return;
-  seen.tokens += static_cast<double>(tokens);
+  seen.tokens += static_cast<unsigned long long>(tokens);
   seen.sequences += cut.sections == 1 || atomicAdd(cut.of_row + row, static_cast<unsigned long long>(tokens)) == 0 ? 1 : 0;
 }
 __device__ __forceinline__ int64_t add_tokens(int64_t x, int64_t y) { return x + y; }
+// The same by a warp that has swept a section, unless the mask was counted first.
+__device__ __forceinline__ void note_section(const Cut& cut, const Section& s, unsigned tokens, MaskCount& seen) {
+  if (cut.first) return;
+  const int64_t all = warp_fold(static_cast<int64_t>(tokens), add_tokens);
+  if (lane() == 0) note(cut, s.row, all, seen);
+}
 
-// All of the mask, counted and, as far as a block has room, kept; the grid is cooperative.
+// All of the mask, counted and, as far as a block has room, kept; the grid is cooperative. `mine`: what this thread has seen.
 template <class S>
-__device__ __forceinline__ MaskCount count_first(const Cut& cut, const Operand& first, const KeptMask& kept) {
+__device__ __forceinline__ MaskCount count_first(const Cut& cut, const Operand& first, const KeptMask& kept, MaskCount& mine) {
   constexpr int N = Stored<S>::kPiece;
-  MaskCount mine;
   each_section<S>(cut, first, [&](const Section& s) {
     const int64_t seen = bytes_of(kept.mask.dtype) == 1 ? kept.look<N, kGroup>(s) : kept.look<N, kGroup / 4>(s);
     const int64_t tokens = warp_fold(seen, add_tokens);
@@ -147,19 +152,16 @@ __device__ __forceinline__ ValueTotals plus(ValueTotals x, const ValueTotals& y)
   x.loss += y.loss, x.nonfinite += y.nonfinite, x.far = larger(x.far, y.far);
   return x;
 }
-// What each thread has, folded over the grid in one order; finish(all) in one thread. `parts`: a block each. Where the mask was
-// counted first, tokens and sequences are `counts`.
+// What each thread has, folded over the grid in one order; finish(all) in one thread. `parts`: a block each.
 template <class Totals, class Finish>
-__device__ __forceinline__ void finish_loss(const Cut& cut, const Totals& mine, const MaskCount& counts, Totals* parts, Finish&& finish) {
+__device__ __forceinline__ void finish_loss(const Cut& cut, const Totals& mine, Totals* parts, Finish&& finish) {
   const auto op = [](const Totals& x, const Totals& y) { return plus(x, y); };
   const Totals of_block = block_fold<kLossThreads>(mine, op);
   if (!last_to_finish(of_block, parts, cut.counter)) return;
-  Totals all = fold_parts<kLossThreads>(parts, static_cast<int>(gridDim.x), Totals{}, op);
+  const Totals all = fold_parts<kLossThreads>(parts, static_cast<int>(gridDim.x), Totals{}, op);
   if (cut.sections > 1)  // as they were found
     for (int64_t r = threadIdx.x; r < cut.rows.count; r += kLossThreads) cut.of_row[r] = 0;
-  if (threadIdx.x != 0) return;
-  if (cut.first) all.tokens = counts.tokens, all.sequences = counts.sequences;
-  finish(all);
+  if (threadIdx.x == 0) finish(all);
 }
 struct PutNumber {
   __device__ __forceinline__ void operator()(const Operand& x, int64_t i, double v) const {
@@ -167,47 +169,73 @@ struct PutNumber {
   }
 };
 
-// ---- one number a row; gradients of a dtype of their own ----------------------------------------------------------------
-// A row of an operand: tokens, or one number that is read once.
-template <class S>
-struct RowOr {
+// ---- operands of a section ------------------------------------------------------------------------------------------------
+// A row of an operand, nothing of which is 0; what a piece needs is found out once. OrRow: it may be one number, read once.
+template <class S, bool OrRow = false>
+struct Column {
+  using A = ArithmeticOf<S>;
   const Operand& x;
-  int64_t base;
-  bool per_row;
-  ArithmeticOf<S> of_row;
-  __device__ __forceinline__ RowOr(const Operand& x_, const Rows& rows, const Section& s) : x(x_), base(rows.base(x_, s.row)), per_row(x_ && !x_.inner_stride) {
-    of_row = per_row && s.begin < s.end ? element<ArithmeticOf<S>>(x, base) : ArithmeticOf<S>(0);
+  const Rows& rows;
+  int64_t row;
+  const char* first = nullptr;  // of piece 0, where whole pieces may be loaded as such
+  A of_row = A(0);
+  __device__ __forceinline__ Column(const Operand& x_, const Rows& rows_, const Section& s) : x(x_), rows(rows_), row(s.row) {
+    if (!x || s.begin >= s.end) return;
+    const int64_t base = rows.base(x, row);
+    if constexpr (OrRow) {
+      if (!x.inner_stride) of_row = element<A>(x, base);
+    }
+    if constexpr (Stored<S>::kSame) {
+      const char* start = static_cast<const char*>(x.data) + (base - s.lead) * static_cast<int64_t>(sizeof(typename Stored<S>::Element));
+      if (x.inner_stride && wide(start)) first = start;
+    }
   }
-  __device__ __forceinline__ Loaded<S> piece(const Piece& p) const { return per_row ? Loaded<S>{} : load<S>(x, base, p); }
-  __device__ __forceinline__ ArithmeticOf<S> value(const Loaded<S>& v, int i) const { return per_row ? of_row : v[i]; }
+  __device__ __forceinline__ Loaded<S> piece(int64_t k, const Piece& p) const {
+    if constexpr (Stored<S>::kSame) {
+      if (first && p.whole) return {*reinterpret_cast<const uint4*>(first + k * kWide)};
+    }
+    return OrRow && !x.inner_stride ? Loaded<S>{} : load<S>(x, rows.base(x, row), p);
+  }
+  __device__ __forceinline__ A value(const Loaded<S>& v, int i) const {
+    if constexpr (OrRow) return x.inner_stride ? v[i] : of_row;
+    else return v[i];
+  }
 };
 // For with_storage: what is one number a row has no say.
 inline Operand tokens_of(const Operand& x) { return x.inner_stride ? x : Operand{}; }
 
-// A gradient in the dtype of S, or in float32 of a half.
+// A row of a gradient, in the dtype of S or, of a half, in float32.
 template <class S>
-__device__ __forceinline__ void store_grad(const Operand& x, int64_t base, const Piece& p, const ArithmeticOf<S> (&d)[Stored<S>::kPiece]) {
-  constexpr int N = Stored<S>::kPiece;
-  if constexpr (Stored<S>::kSame && sizeof(typename Stored<S>::Element) == 2) {
-    if (x.dtype == Dtype::f32) {
-      float* to = static_cast<float*>(x.data) + base + p.first;
-      if (p.whole && wide(to)) {
+struct GradColumn {
+  using A = ArithmeticOf<S>;
+  static constexpr int N = Stored<S>::kPiece;
+  const Operand& x;
+  int64_t base;
+  __device__ __forceinline__ GradColumn(const Operand& x_, const Rows& rows, const Section& s) : x(x_), base(rows.base(x_, s.row)) {}
+  __device__ __forceinline__ void put(const Piece& p, const A (&d)[N]) const {
+    if constexpr (Stored<S>::kSame && sizeof(typename Stored<S>::Element) == 2) {
+      if (x.dtype == Dtype::f32) return put_wide(p, d);
+    }
+    store<S>(x, base, p, d);
+  }
+
+ private:
+  __device__ __forceinline__ void put_wide(const Piece& p, const A (&d)[N]) const {
+    float* to = static_cast<float*>(x.data) + base + p.first;
+    if (p.whole && wide(to)) {
 #pragma unroll
-        for (int i = 0; i < N; i += kVector<float>) {
-          uint4 raw;
-          memcpy(&raw, &d[i], kWide);
-          __stwb(reinterpret_cast<uint4*>(to + i), raw);
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < N; ++i)
-          if (i >= p.begin && i < p.end) to[i] = d[i];
+      for (int i = 0; i < N; i += kVector<float>) {
+        uint4 raw;
+        memcpy(&raw, &d[i], kWide);
+        __stwb(reinterpret_cast<uint4*>(to + i), raw);
       }
       return;
     }
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      if (i >= p.begin && i < p.end) to[i] = static_cast<float>(d[i]);
   }
-  store<S>(x, base, p, d);
-}
+};
 
 // ---- the grid -----------------------------------------------------------------------------------------------------------
 // How such a kernel is launched; `parts` is room for a Totals of each block.

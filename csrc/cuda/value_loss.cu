@@ -10,60 +10,54 @@ namespace {
 //   once, the gradient written once; what is not valid is read of the mask alone.
 // budget value_loss_kernel<S>: 80 registers, loads 3, stores 1
 template <class S>
-__global__ void __launch_bounds__(kLossThreads, 3) value_loss_kernel(const ValueLossArgs a, const Cut cut, ValueTotals* parts) {
+__global__ void __launch_bounds__(kLossThreads, 2) value_loss_kernel(const ValueLossArgs a, const Cut cut, ValueTotals* parts) {
   using A = ArithmeticOf<S>;
   constexpr int N = Stored<S>::kPiece;
   RLKERN_DYNAMIC_SHARED(uint16_t, words);
   const KeptMask kept(a.mask, cut, words);
-  MaskCount counts;
-  if (cut.first) counts = count_first<S>(cut, a.vpreds, kept);
-  const AggWeights agg(with_counts(a.agg), counts.tokens, counts.sequences);
+  MaskCount counts, seen;
+  if (cut.first) counts = count_first<S>(cut, a.vpreds, kept, seen);
+  const AggWeights agg(with_counts(a.agg), static_cast<double>(counts.tokens), static_cast<double>(counts.sequences));
   const A range = A(a.range), delta = A(a.delta);
-  MaskCount seen;
   double loss = 0, predictions = 0;
   unsigned clipped = 0, bad = 0;
   A far = 0;
   each_section<S>(cut, a.vpreds, [&](const Section& s) {
     const double weight = agg.mean_of_row ? agg.row(tokens_of_row<N>(s, kept)) : 1;
     const A g = A(agg.scale * weight);
-    const int64_t base = cut.rows.base(a.vpreds, s.row);
-    int64_t tokens = 0;
+    const Column<S> vpreds(a.vpreds, cut.rows, s), returns(a.returns, cut.rows, s), values(a.values, cut.rows, s);
+    const GradColumn<S> d_vpreds(a.d_vpreds, cut.rows, s);
     int64_t k = s.begin + lane();
-    unsigned next = k < s.end ? kept.bits<N>(s, k) : 0;
-    for (; k < s.end; k += kWarp) {
+    unsigned tokens = 0;
+    for (unsigned next = k < s.end ? kept.bits<N>(s, k) : 0; k < s.end; k += kWarp) {
       const Piece p = piece_of<N>(k, s.lead, s.length);
       const unsigned valid = next;
-      Loaded<S> vpreds{}, returns{}, values{};
-      if (valid) {
-        vpreds = load<S>(a.vpreds, base, p);
-        returns = load<S>(a.returns, cut.rows.base(a.returns, s.row), p);
-        values = load<S>(a.values, cut.rows.base(a.values, s.row), p);
-      }
+      Loaded<S> of_vpred{}, of_return{}, of_value{};
+      if (valid) of_vpred = vpreds.piece(k, p), of_return = returns.piece(k, p), of_value = values.piece(k, p);
       if (k + kWarp < s.end) next = kept.bits<N>(s, k + kWarp);
       A d[N] = {};
       double of_piece = 0;
+      if (valid) {
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        if (!(valid >> i & 1)) continue;
-        const A vpred = vpreds[i], ret = returns[i];
-        const auto t = value_token(vpred, ret, a.values ? values[i] : A(0), range, delta);
-        d[i] = t.grad * g;
-        of_piece += static_cast<double>(t.loss), predictions += static_cast<double>(vpred);
-        clipped += t.clipped, bad += t.loss - t.loss == A(0) ? 0 : 1;
-        far = Ops<A>::at_least(far, Ops<A>::magnitude(vpred - ret));  // a NaN is left out
+        for (int i = 0; i < N; ++i) {  // what is not valid is 0 in all of them
+          const bool there = valid >> i & 1;
+          const A vpred = there ? vpreds.value(of_vpred, i) : A(0), ret = there ? returns.value(of_return, i) : A(0);
+          const auto t = value_token(vpred, ret, there ? values.value(of_value, i) : A(0), range, delta);
+          d[i] = there ? t.grad * g : A(0);
+          of_piece += static_cast<double>(t.loss), predictions += static_cast<double>(vpred);
+          clipped += t.clipped, bad += t.loss - t.loss == A(0) ? 0 : 1;
+          far = Ops<A>::at_least(far, Ops<A>::magnitude(vpred - ret));  // a NaN is left out
+        }
+        loss = fused(weight, of_piece, loss), tokens += __popc(valid);
       }
-      loss = fused(weight, of_piece, loss), tokens += __popc(valid);
-      if (a.d_vpreds) store_grad<S>(a.d_vpreds, cut.rows.base(a.d_vpreds, s.row), p, d);
+      if (a.d_vpreds) d_vpreds.put(p, d);
     }
-    if (!cut.first) {
-      tokens = warp_fold(tokens, add_tokens);
-      if (lane() == 0) note(cut, s.row, tokens, seen);
-    }
+    note_section(cut, s, tokens, seen);
   });
   ValueTotals mine;
-  mine.tokens = seen.tokens, mine.sequences = seen.sequences, mine.clipped = clipped, mine.predictions = predictions;
+  mine.tokens = static_cast<double>(seen.tokens), mine.sequences = static_cast<double>(seen.sequences), mine.clipped = clipped, mine.predictions = predictions;
   mine.loss = loss, mine.nonfinite = bad, mine.far = static_cast<double>(far);
-  finish_loss(cut, mine, counts, parts, [&](const ValueTotals& t) {
+  finish_loss(cut, mine, parts, [&](const ValueTotals& t) {
     const AggWeights all(with_counts(a.agg), t.tokens, t.sequences);
     put_value(a, t, all.scale, PutNumber{});
   });

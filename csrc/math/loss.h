@@ -106,7 +106,7 @@ RLKERN_HD auto policy_token_usual(V log_ratio, V advantage, const PolicyClip<V>&
   using Test = decltype(advantage > advantage);
   const V zero = constant<V>(0), r = exp_bounded(log_ratio);
   const Test gain = advantage > zero, harm = advantage < zero;
-  const V best = gain ? Ops<V>::at_most(r, o.high) : (harm ? Ops<V>::at_least(r, o.low) : r);
+  const V most = Ops<V>::at_most(r, o.high), least = Ops<V>::at_least(r, o.low), best = gain ? most : (harm ? least : r);
   const Test clipped = (best < r) | (best > r);
   return UsualToken<V, Test>{-advantage * best, clipped};
 }
