@@ -20,35 +20,34 @@ __global__ void __launch_bounds__(kLossThreads, sizeof(ArithmeticOf<S>) == 8 ? 1
   RLKERN_DYNAMIC_SHARED(uint16_t, words);
   const KeptMask kept(a.mask, cut, words);
   MaskCount counts, seen;
-  if (cut.first) counts = count_first<S>(cut, a.log_prob, kept);
-  const AggWeights agg(with_counts(a.agg), counts.tokens, counts.sequences);
+  if (cut.first) counts = count_first<S>(cut, a.log_prob, kept, seen);
+  const AggWeights agg(with_counts(a.agg), static_cast<double>(counts.tokens), static_cast<double>(counts.sequences));
   const VariantOfRow<A> none{VariantRow{}};
   PolicySums<A> sums;
   each_section<S>(cut, a.log_prob, [&](const Section& s) {
     const double weight = agg.mean_of_row ? agg.row(tokens_of_row<N>(s, kept)) : 1;
     const A g = A(agg.scale * weight);
     const VariantReader<S> reader(a, cut.rows, s);
-    int64_t tokens = 0, k = s.begin + lane();
+    const GradColumn<S> d_log_prob(a.d_log_prob, cut.rows, s), d_entropy(a.d_entropy, cut.rows, s);
+    int64_t k = s.begin + lane();
+    unsigned tokens = 0;
     for (unsigned next = k < s.end ? kept.bits<N>(s, k) : 0; k < s.end; k += kWarp) {
       const Piece p = piece_of<N>(k, s.lead, s.length);
       const unsigned valid = next;
       VariantPiece<S> x;
-      if (valid) {
-        x.log_prob = reader.piece(a.log_prob, p), x.old_log_prob = reader.piece(a.old_log_prob, p);
-        reader.others(x, p);
-      }
+      if (valid) reader.log_probs(x, k, p), reader.others(x, k, p);
       if (k + kWarp < s.end) next = kept.bits<N>(s, k + kWarp);
       A own[N] = {};
       double sent = 0;
       if (valid) variant_tokens<S>(frame, none, reader, x, valid, weight, false, true, own, sent, sums), tokens += __popc(valid);
 #pragma unroll
       for (int i = 0; i < N; ++i) own[i] = valid >> i & 1 ? own[i] * g : A(0);
-      if (a.d_log_prob) store_grad<S>(a.d_log_prob, cut.rows.base(a.d_log_prob, s.row), p, own);
-      if (a.d_entropy) store_number<S>(a.d_entropy, cut.rows.base(a.d_entropy, s.row), p, valid, A(-a.entropy_coeff * static_cast<double>(g)));
+      if (a.d_log_prob) d_log_prob.put(p, own);
+      if (a.d_entropy) put_number(d_entropy, p, valid, A(-a.entropy_coeff * static_cast<double>(g)));
     }
     note_section(cut, s, tokens, seen);
   });
-  finish_loss(cut, sums.totals(seen), counts, parts, [&](const PolicyTotals& t) {
+  finish_loss(cut, sums.totals(seen), parts, [&](const PolicyTotals& t) {
     const AggWeights all(with_counts(a.agg), t.tokens, t.sequences);
     put_policy(a, t, all.scale, a.clip.clamp, PutNumber{});
   });

@@ -25,17 +25,17 @@ struct HeldRow {
     held[at] = x.log_prob, held[size() + at] = x.old_log_prob, bits()[at] = static_cast<uint8_t>(valid);
   }
   // Valid bits; the log-probs are read if there is one.
-  __device__ __forceinline__ unsigned look(int64_t j, const VariantReader<S>& reader, const Piece& p, VariantPiece<S>& x) const {
+  __device__ __forceinline__ unsigned look(int64_t j, int64_t k, const VariantReader<S>& reader, const Piece& p, VariantPiece<S>& x) const {
     if (j < slots) {
       const int64_t at = j * kLossThreads + threadIdx.x;
       x.log_prob = held[at], x.old_log_prob = held[size() + at];
       return bits()[at];
     }
-    return read(reader, p, x);
+    return read(k, reader, p, x);
   }
-  __device__ __forceinline__ static unsigned read(const VariantReader<S>& reader, const Piece& p, VariantPiece<S>& x) {
+  __device__ __forceinline__ static unsigned read(int64_t k, const VariantReader<S>& reader, const Piece& p, VariantPiece<S>& x) {
     const unsigned valid = valid_bits<N>(reader.a.mask, reader.rows.base(reader.a.mask, reader.row), p);
-    if (valid) x.log_prob = reader.piece(reader.a.log_prob, p), x.old_log_prob = reader.piece(reader.a.old_log_prob, p);
+    if (valid) reader.log_probs(x, k, p);
     return valid;
   }
 };
@@ -65,11 +65,10 @@ __device__ __forceinline__ T row_fold(const Cut& cut, const Section& s, const T&
   return fold_parts<kLossThreads>(parts + s.row * cut.sections, static_cast<int>(cut.sections), T{}, op);
 }
 
-// All of the mask; the grid is cooperative.
+// All of the mask; the grid is cooperative. `mine`: what this thread has seen.
 template <class S>
-__device__ __forceinline__ MaskCount count_rows(const PolicyVariantArgs& a, const Cut& cut) {
+__device__ __forceinline__ MaskCount count_rows(const PolicyVariantArgs& a, const Cut& cut, MaskCount& mine) {
   constexpr int N = Stored<S>::kPiece;
-  MaskCount mine;
   each_row<S>(cut, a.log_prob, [&](const Section& s) {
     int64_t tokens = 0;
     for (int64_t k = s.begin + threadIdx.x; k < s.end; k += kLossThreads)
@@ -92,17 +91,17 @@ __device__ __forceinline__ VariantSums first_look(const PolicyVariantArgs& a, co
                                                   const VariantReader<S>& reader, const HeldRow<S>& held) {
   using A = ArithmeticOf<S>;
   constexpr int N = Stored<S>::kPiece;
-  const bool vespo = a.kind == PolicyKind::vespo, geo_mean = a.kind == PolicyKind::geo_mean, weighs = frame.weighted && !reader.weights.per_row;
+  const bool vespo = a.kind == PolicyKind::vespo, geo_mean = a.kind == PolicyKind::geo_mean, weighs = frame.weighted && a.weights.inner_stride;
   VariantSums sums;
-  if (vespo && reader.weights.per_row && s.begin == 0 && threadIdx.x == 0 && s.length > 0)  // once
-    sums.logs += vespo_log(element<double>(a.weights, reader.weights.base));
+  if (vespo && frame.weighted && !weighs && s.begin == 0 && threadIdx.x == 0 && s.length > 0)  // once
+    sums.logs += vespo_log(row_value<double>(a.weights, s.row));
   for (int64_t j = 0, k = s.begin + threadIdx.x; k < s.end; ++j, k += kLossThreads) {
     const Piece p = piece_of<N>(k, s.lead, s.length);
     VariantPiece<S> x;
-    const unsigned valid = HeldRow<S>::read(reader, p, x);
+    const unsigned valid = HeldRow<S>::read(k, reader, p, x);
     held.keep(j, x, valid);
-    if (geo_mean && valid) x.advantage = reader.advantages.piece(p);
-    if ((geo_mean && valid) || (vespo && weighs)) x.weight = reader.weights.piece(p);
+    if (geo_mean && valid) x.advantage = reader.advantages.piece(k, p);
+    if ((geo_mean && valid) || (vespo && weighs)) x.weight = reader.weights.piece(k, p);
     sums.tokens += __popc(valid);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
@@ -142,14 +141,16 @@ __global__ void __launch_bounds__(kLossThreads, sizeof(ArithmeticOf<S>) == 8 ? 1
   RLKERN_DYNAMIC_SHARED(Loaded<S>, memory);
   const HeldRow<S> held{slots, memory};
   MaskCount counts, seen;
-  if (cut.first) counts = count_rows<S>(a, cut);
-  const AggWeights agg(with_counts(a.agg), counts.tokens, counts.sequences);
+  if (cut.first) counts = count_rows<S>(a, cut, seen);
+  const AggWeights agg(with_counts(a.agg), static_cast<double>(counts.tokens), static_cast<double>(counts.sequences));
   const bool shares = frame.of_row && a.row_grad && (through_ratio(a.kind) || a.by_ratio) && a.d_log_prob;
   PolicySums<A> sums;
   each_row<S>(cut, a.log_prob, [&](const Section& s) {
     const VariantReader<S> reader(a, cut.rows, s);
+    const GradColumn<S> d_log_prob(a.d_log_prob, cut.rows, s), d_entropy(a.d_entropy, cut.rows, s);
     const VariantSums of_tokens = row_fold(cut, s, first_look(a, frame, s, reader, held), parts.sums, [](const auto& x, const auto& y) { return plus(x, y); });
-    if (threadIdx.x == 0 && s.begin == 0) seen.tokens += of_tokens.tokens, seen.sequences += of_tokens.tokens > 0 ? 1 : 0;
+    if (threadIdx.x == 0 && s.begin == 0 && !cut.first)
+      seen.tokens += static_cast<unsigned long long>(of_tokens.tokens), seen.sequences += of_tokens.tokens > 0 ? 1 : 0;
     const VariantOfRow<A> of_row(variant_row(a, of_tokens));
     const double weight = agg.row(of_tokens.tokens);
     const A g = A(agg.scale * weight);
@@ -164,22 +165,22 @@ __global__ void __launch_bounds__(kLossThreads, sizeof(ArithmeticOf<S>) == 8 ? 1
       for (int64_t j = 0, k = s.begin + threadIdx.x; k < s.end; ++j, k += kLossThreads) {
         const Piece p = piece_of<N>(k, s.lead, s.length);
         VariantPiece<S> x;
-        const unsigned valid = held.look(j, reader, p, x);
+        const unsigned valid = held.look(j, k, reader, p, x);
         A own[N] = {};
         if (valid && token) {
-          reader.others(x, p);
+          reader.others(x, k, p);
           variant_tokens<S>(frame, of_row, reader, x, valid, weight, shares, pass == 0, own, sent, sums);
         }
 #pragma unroll
         for (int i = 0; i < N; ++i) {
           own[i] = valid >> i & 1 ? own[i] * g + shared : A(0);
         }
-        if (a.d_log_prob && (pass || !shares)) store_grad<S>(a.d_log_prob, cut.rows.base(a.d_log_prob, s.row), p, own);
-        if (a.d_entropy && pass == 0) store_number<S>(a.d_entropy, cut.rows.base(a.d_entropy, s.row), p, valid, A(-a.entropy_coeff * static_cast<double>(g)));
+        if (a.d_log_prob && (pass || !shares)) d_log_prob.put(p, own);
+        if (a.d_entropy && pass == 0) put_number(d_entropy, p, valid, A(-a.entropy_coeff * static_cast<double>(g)));
       }
     }
   });
-  finish_loss(cut, sums.totals(seen), counts, parts.totals, [&](const PolicyTotals& t) {
+  finish_loss(cut, sums.totals(seen), parts.totals, [&](const PolicyTotals& t) {
     const AggWeights all(with_counts(a.agg), t.tokens, t.sequences);
     put_policy(a, t, all.scale, a.level == Level::token ? a.clip.clamp : __builtin_inf(), PutNumber{});
   });

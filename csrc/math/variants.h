@@ -260,6 +260,10 @@ RLKERN_HD V passed(const VariantFrame<V>& f, const VariantOfRow<V>& row, V grad,
   if (f.of_row) return row.blocked ? zero : grad;
   return blocked ? zero : grad;
 }
+template <class V>
+RLKERN_HD V variant_ratio(const VariantFrame<V>& f, const VariantOfRow<V>& row, V clamped_log_ratio) {
+  return f.of_row ? row.ratio : (f.bounded ? exp_bounded(clamped_log_ratio) : exp_of(clamped_log_ratio));
+}
 template <PolicyKind K, class V>
 RLKERN_HD auto variant_step(const VariantFrame<V>& f, const VariantOfRow<V>& row, const VariantSeen<V>& t) {
   using Test = decltype(t.marked > t.marked);
@@ -267,7 +271,7 @@ RLKERN_HD auto variant_step(const VariantFrame<V>& f, const VariantOfRow<V>& row
   constexpr bool kNeedsRatio = kThrough || K == PolicyKind::cispo || K == PolicyKind::topr || K == PolicyKind::dppo_tv || K == PolicyKind::dppo_kl;
   const V zero = constant<V>(0), raw = t.log_prob - t.old_log_prob, x = clamped(raw, -f.clamp, f.clamp);
   const Test blocked = (x < raw) | (x > raw), marked = t.marked != zero;
-  const V ratio = f.of_row ? row.ratio : (kNeedsRatio || f.by_ratio ? (f.bounded ? exp_bounded(x) : exp_of(x)) : zero);
+  const V ratio = kNeedsRatio || f.of_row || f.by_ratio ? variant_ratio(f, row, x) : zero;
   const V penalty = K == PolicyKind::kl_cov ? (marked ? f.numbers.own[0] : zero) : zero;
   const auto found =
       variant_token<K>(VariantInput<V>{f.of_row ? row.x : x, ratio, t.log_prob, t.old_log_prob, t.advantage, penalty, row.gain, row.harm}, f.numbers);
