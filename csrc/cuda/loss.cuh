@@ -170,8 +170,9 @@ struct PutNumber {
 };
 
 // ---- operands of a section ------------------------------------------------------------------------------------------------
-// A row of an operand, nothing of which is 0; what a piece needs is found out once. OrRow: it may be one number, read once.
-template <class S, bool OrRow = false>
+// A row of an operand, nothing of which is 0. OrRow: it may be one number, read once. Keep: what a piece needs is found out
+// once, for which it takes two registers more.
+template <class S, bool OrRow = false, bool Keep = true>
 struct Column {
   using A = ArithmeticOf<S>;
   const Operand& x;
@@ -185,13 +186,13 @@ struct Column {
     if constexpr (OrRow) {
       if (!x.inner_stride) of_row = element<A>(x, base);
     }
-    if constexpr (Stored<S>::kSame) {
+    if constexpr (Keep && Stored<S>::kSame) {
       const char* start = static_cast<const char*>(x.data) + (base - s.lead) * static_cast<int64_t>(sizeof(typename Stored<S>::Element));
       if (x.inner_stride && wide(start)) first = start;
     }
   }
   __device__ __forceinline__ Loaded<S> piece(int64_t k, const Piece& p) const {
-    if constexpr (Stored<S>::kSame) {
+    if constexpr (Keep && Stored<S>::kSame) {
       if (first && p.whole) return {*reinterpret_cast<const uint4*>(first + k * kWide)};
     }
     return OrRow && !x.inner_stride ? Loaded<S>{} : load<S>(x, rows.base(x, row), p);
@@ -210,18 +211,19 @@ struct GradColumn {
   using A = ArithmeticOf<S>;
   static constexpr int N = Stored<S>::kPiece;
   const Operand& x;
-  int64_t base;
-  __device__ __forceinline__ GradColumn(const Operand& x_, const Rows& rows, const Section& s) : x(x_), base(rows.base(x_, s.row)) {}
+  const Rows& rows;
+  int64_t row;
+  __device__ __forceinline__ GradColumn(const Operand& x_, const Rows& rows_, const Section& s) : x(x_), rows(rows_), row(s.row) {}
   __device__ __forceinline__ void put(const Piece& p, const A (&d)[N]) const {
     if constexpr (Stored<S>::kSame && sizeof(typename Stored<S>::Element) == 2) {
       if (x.dtype == Dtype::f32) return put_wide(p, d);
     }
-    store<S>(x, base, p, d);
+    store<S>(x, rows.base(x, row), p, d);
   }
 
  private:
   __device__ __forceinline__ void put_wide(const Piece& p, const A (&d)[N]) const {
-    float* to = static_cast<float*>(x.data) + base + p.first;
+    float* to = static_cast<float*>(x.data) + rows.base(x, row) + p.first;
     if (p.whole && wide(to)) {
 #pragma unroll
       for (int i = 0; i < N; i += kVector<float>) {

@@ -54,10 +54,10 @@ __device__ __forceinline__ double kl_term(const PolicyLossArgs& a, const KlRange
   });
   return sum;
 }
-// Importance weights, the KL term and the entropy term of a piece's valid tokens.
-template <class S>
+// Importance weights (a Column), the KL term and the entropy term of a piece's valid tokens.
+template <class S, class Weights>
 __device__ __forceinline__ void extra_terms(const PolicyLossArgs& a, const KlRange<ArithmeticOf<S>>& range, const Loaded<S>& log_prob, const Loaded<S>& ref,
-                                            const Loaded<S>& entropy, const Column<S, true>& weights, const Loaded<S>& w, unsigned valid, double weight,
+                                            const Loaded<S>& entropy, const Weights& weights, const Loaded<S>& w, unsigned valid, double weight,
                                             ArithmeticOf<S> (&value)[Stored<S>::kPiece], ArithmeticOf<S> (&d)[Stored<S>::kPiece],
                                             PolicySums<ArithmeticOf<S>>& sums) {
   using A = ArithmeticOf<S>;

@@ -36,11 +36,10 @@ __device__ __forceinline__ void policy_tokens(const A (&raw)[N], const A (&advan
 //   loaded whole, before the first of it is used, and what is not valid at all is not loaded. Bytes per element: each operand
 //   and the mask read once, each gradient written once. Numerics: tokens by csrc/math/loss.h; sums in float64, of a thread, a
 //   warp, a block, and of all blocks by the last to finish, which writes the results: one order.
-// budget policy_loss_kernel<double, false>: 128 registers, loads 3, stores 1
-// budget policy_loss_kernel<double, true>: 208 registers, loads 6, stores 2
-// budget policy_loss_kernel<Mixed_double, false>: 128 registers, loads 0, stores 0
+// budget policy_loss_kernel<double, false>: 160 registers, loads 3, stores 1
+// budget policy_loss_kernel<double, true>: 216 registers, loads 6, stores 2
 // budget policy_loss_kernel<Mixed_double, true>: 168 registers, loads 0, stores 0
-// budget policy_loss_kernel<S, false>: 80 registers, loads 3, stores 1
+// budget policy_loss_kernel<S, false>: 128 registers, loads 3, stores 1
 // budget policy_loss_kernel<S, true>: 128 registers, loads 6, stores 2
 template <class S, bool Extra>
 __global__ void __launch_bounds__(kLossThreads, sizeof(ArithmeticOf<S>) == 8 ? 1 : 2)
@@ -48,6 +47,7 @@ __global__ void __launch_bounds__(kLossThreads, sizeof(ArithmeticOf<S>) == 8 ? 1
                        PolicyTotals* parts) {
   using A = ArithmeticOf<S>;
   constexpr int N = Stored<S>::kPiece;
+  constexpr bool kKeep = !Extra || N <= 4;  // eight tokens of everything leave no registers for it
   RLKERN_DYNAMIC_SHARED(uint16_t, words);
   const KeptMask kept(a.mask, cut, words);
   MaskCount counts, seen;
@@ -57,8 +57,9 @@ __global__ void __launch_bounds__(kLossThreads, sizeof(ArithmeticOf<S>) == 8 ? 1
   each_section<S>(cut, a.log_prob, [&](const Section& s) {
     const double weight = agg.mean_of_row ? agg.row(tokens_of_row<N>(s, kept)) : 1;
     const A g = A(agg.scale * weight);
-    const Column<S> log_prob(a.log_prob, cut.rows, s), old_log_prob(a.old_log_prob, cut.rows, s);
-    const Column<S, true> advantages(a.advantages, cut.rows, s), weights(a.weights, cut.rows, s);
+    const Column<S, false, kKeep> log_prob(a.log_prob, cut.rows, s), old_log_prob(a.old_log_prob, cut.rows, s);
+    const Column<S, true, kKeep> advantages(a.advantages, cut.rows, s), weights(a.weights, cut.rows, s);
+    const Column<S, false, false> ref(a.ref_log_prob, cut.rows, s), entropy(a.entropy, cut.rows, s);
     const GradColumn<S> d_log_prob(a.d_log_prob, cut.rows, s), d_entropy(a.d_entropy, cut.rows, s);
     int64_t k = s.begin + lane();
     unsigned tokens = 0;
@@ -68,9 +69,7 @@ __global__ void __launch_bounds__(kLossThreads, sizeof(ArithmeticOf<S>) == 8 ? 1
       Loaded<S> of_log_prob{}, of_old{}, of_advantage{}, of_weight{}, of_ref{}, of_entropy{};
       if (valid) {
         of_log_prob = log_prob.piece(k, p), of_old = old_log_prob.piece(k, p), of_advantage = advantages.piece(k, p);
-        if (Extra)
-          of_weight = weights.piece(k, p), of_ref = load<S>(a.ref_log_prob, cut.rows.base(a.ref_log_prob, s.row), p),
-          of_entropy = load<S>(a.entropy, cut.rows.base(a.entropy, s.row), p);
+        if (Extra) of_weight = weights.piece(k, p), of_ref = ref.piece(k, p), of_entropy = entropy.piece(k, p);
       }
       if (k + kWarp < s.end) next = kept.bits<N>(s, k + kWarp);
       A value[N], d[N] = {};

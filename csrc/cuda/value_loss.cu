@@ -8,7 +8,7 @@ namespace {
 
 // plan value_loss_kernel: as policy_loss_kernel. Bytes per element: vpreds, returns, values (if there is a clip) and mask read
 //   once, the gradient written once; what is not valid is read of the mask alone.
-// budget value_loss_kernel<S>: 80 registers, loads 3, stores 1
+// budget value_loss_kernel<S>: 128 registers, loads 3, stores 1
 template <class S>
 __global__ void __launch_bounds__(kLossThreads, 2) value_loss_kernel(const ValueLossArgs a, const Cut cut, ValueTotals* parts) {
   using A = ArithmeticOf<S>;
