@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kLossThreads, sizeof(ArithmeticOf<S>) == 8 ? 1
       const Piece p = piece_of<N>(k, s.lead, s.length);
       const unsigned valid = next;
       VariantPiece<S> x;
-      if (valid) reader.log_probs(x, k, p), reader.others(x, k, p);
+      if (valid) reader.log_probs(x, p), reader.others(x, k, p);
       if (k + kWarp < s.end) next = kept.bits<N>(s, k + kWarp);
       A own[N] = {};
       double sent = 0;

@@ -25,17 +25,17 @@ struct HeldRow {
     held[at] = x.log_prob, held[size() + at] = x.old_log_prob, bits()[at] = static_cast<uint8_t>(valid);
   }
   // Valid bits; the log-probs are read if there is one.
-  __device__ __forceinline__ unsigned look(int64_t j, int64_t k, const VariantReader<S>& reader, const Piece& p, VariantPiece<S>& x) const {
+  __device__ __forceinline__ unsigned look(int64_t j, const VariantReader<S>& reader, const Piece& p, VariantPiece<S>& x) const {
     if (j < slots) {
       const int64_t at = j * kLossThreads + threadIdx.x;
       x.log_prob = held[at], x.old_log_prob = held[size() + at];
       return bits()[at];
     }
-    return read(k, reader, p, x);
+    return read(reader, p, x);
   }
-  __device__ __forceinline__ static unsigned read(int64_t k, const VariantReader<S>& reader, const Piece& p, VariantPiece<S>& x) {
+  __device__ __forceinline__ static unsigned read(const VariantReader<S>& reader, const Piece& p, VariantPiece<S>& x) {
     const unsigned valid = valid_bits<N>(reader.a.mask, reader.rows.base(reader.a.mask, reader.row), p);
-    if (valid) reader.log_probs(x, k, p);
+    if (valid) reader.log_probs(x, p);
     return valid;
   }
 };
@@ -98,7 +98,7 @@ __device__ __forceinline__ VariantSums first_look(const PolicyVariantArgs& a, co
   for (int64_t j = 0, k = s.begin + threadIdx.x; k < s.end; ++j, k += kLossThreads) {
     const Piece p = piece_of<N>(k, s.lead, s.length);
     VariantPiece<S> x;
-    const unsigned valid = HeldRow<S>::read(k, reader, p, x);
+    const unsigned valid = HeldRow<S>::read(reader, p, x);
     held.keep(j, x, valid);
     if (geo_mean && valid) x.advantage = reader.advantages.piece(k, p);
     if ((geo_mean && valid) || (vespo && weighs)) x.weight = reader.weights.piece(k, p);
@@ -156,16 +156,17 @@ __global__ void __launch_bounds__(kLossThreads, sizeof(ArithmeticOf<S>) == 8 ? 1
     const A g = A(agg.scale * weight);
     double sent = 0;  // through the row
     A shared = -constant<A>(0);  // which adds nothing
+#pragma unroll 1
     for (int pass = 0; pass <= (shares ? 1 : 0); ++pass) {
       const bool token = pass == 0 || !through_ratio(a.kind) || frame.with_kl;  // has a derivative of its own
       if (pass) {
         const double all = row_fold(cut, s, sent, parts.through, [](double x, double y) { return x + y; });
         shared = A(all * static_cast<double>(g) / (a.level == Level::sequence && of_tokens.tokens > 0 ? of_tokens.tokens : 1));
       }
-      for (int64_t j = 0, k = s.begin + threadIdx.x; k < s.end; ++j, k += kLossThreads) {
+      for (int64_t k = s.begin + threadIdx.x; k < s.end; k += kLossThreads) {
         const Piece p = piece_of<N>(k, s.lead, s.length);
         VariantPiece<S> x;
-        const unsigned valid = held.look(j, k, reader, p, x);
+        const unsigned valid = held.look((k - s.begin) / kLossThreads, reader, p, x);
         A own[N] = {};
         if (valid && token) {
           reader.others(x, k, p);

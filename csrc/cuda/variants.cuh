@@ -21,13 +21,12 @@ struct VariantReader {
   const PolicyVariantArgs& a;
   const Rows& rows;
   const int64_t row;
-  const Column<S> log_prob, old_log_prob;
   const Column<S, true> advantages, weights;
   __device__ __forceinline__ VariantReader(const PolicyVariantArgs& args, const Rows& of, const Section& s)
-      : a(args), rows(of), row(s.row), log_prob(args.log_prob, of, s), old_log_prob(args.old_log_prob, of, s), advantages(args.advantages, of, s),
-        weights(args.weights, of, s) {}
-  __device__ __forceinline__ void log_probs(VariantPiece<S>& x, int64_t k, const Piece& p) const {
-    x.log_prob = log_prob.piece(k, p), x.old_log_prob = old_log_prob.piece(k, p);
+      : a(args), rows(of), row(s.row), advantages(args.advantages, of, s), weights(args.weights, of, s) {}
+  // Where they lie is found again for each piece: addresses kept would cost registers.
+  __device__ __forceinline__ void log_probs(VariantPiece<S>& x, const Piece& p) const {
+    x.log_prob = load<S>(a.log_prob, rows.base(a.log_prob, row), p), x.old_log_prob = load<S>(a.old_log_prob, rows.base(a.old_log_prob, row), p);
   }
   __device__ __forceinline__ void others(VariantPiece<S>& x, int64_t k, const Piece& p) const {
     x.advantage = advantages.piece(k, p), x.weight = weights.piece(k, p);
