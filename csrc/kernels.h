@@ -47,6 +47,8 @@
   X(shape_rewards, RewardArgs)                   \
   X(shape_rewards_bwd, RewardGradArgs)           \
   X(policy_loss, PolicyLossArgs)                 \
+  X(policy_variant, PolicyVariantArgs)           \
+  X(policy_select, PolicySelectArgs)             \
   X(value_loss, ValueLossArgs)                   \
   X(scale, ScaleArgs)                            \
   X(rollout_correction, CorrectionArgs)          \
