@@ -39,7 +39,7 @@ __device__ __forceinline__ int64_t slot_of(int j) { return static_cast<int64_t>(
 template <class S>
 __device__ __forceinline__ void sum_strips(const GroupAdvantageArgs& a, const Strips& strips, unsigned char* bits, Pair* sums) {
   constexpr int N = Stored<S>::kPiece;
-  const Operand rewards = a.components ? Operand{} : a.rewards;  // components stand for them
+  const bool read = !a.components;  // they stand for the rewards
   int j = 0;
 #pragma unroll 1
   for (int64_t u = team_number(kWarp); u < strips.count; u += static_cast<int64_t>(gridDim.x) * kWarps) {
@@ -51,7 +51,7 @@ __device__ __forceinline__ void sum_strips(const GroupAdvantageArgs& a, const St
       Loaded<S> v[kAhead] = {};
 #pragma unroll
       for (int i = 0; i < kAhead; ++i)
-        if (k + i * kWarp < s.end) v[i] = load<S>(rewards, base, piece_of<N>(k + i * kWarp, s.lead, s.length));
+        if (read && k + i * kWarp < s.end) v[i] = load<S>(a.rewards, base, piece_of<N>(k + i * kWarp, s.lead, s.length));
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         if (k + i * kWarp >= s.end) break;

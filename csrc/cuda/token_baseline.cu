@@ -171,7 +171,7 @@ struct Columns {
 //   chunks by their counts. Bytes per element: rows of one chunk: rewards and mask, old_log_prob, sum_pi_squared and weights
 //   read once, both results written once, rewards and mask again from the L2 cache; longer rows: all inputs once more.
 //   Numerics: path variances in the arithmetic type, scans and columns in float64, rows in the order of the group.
-// budget token_baseline_kernel<S>: 128 registers, loads 3, stores 2
+// budget token_baseline_kernel<S>: 128 registers, loads 9, stores 2
 template <class S>
 __global__ void __launch_bounds__(Shape<S>::kThreads, Shape<S>::kBlocks) token_baseline_kernel(const TokenBaselineArgs a, const Work work) {
   constexpr int64_t K = Shape<S>::kChunk;
