@@ -50,12 +50,6 @@ double run(double (*Kernels::*kernel)(const Args&), const Args& args) {
   return (chosen->*kernel)(args);
 }
 
-// An op is there where its kernel is: the CUDA module may lack some.
-template <class Kernel, class F>
-void def(py::module_& m, const char* op, Kernel kernel, F function) {
-  if (chosen->*kernel) m.def(op, function);
-}
-
 Operand either(const Operand& tokens, const Operand& per_row) { return tokens ? tokens : per_row; }
 
 using Range = std::array<double, 4>;
@@ -320,42 +314,42 @@ PYBIND11_MODULE(RLKERN_MODULE, m) {
     return run(&Kernels::stream_copy, CopyArgs{reinterpret_cast<const void*>(from), reinterpret_cast<void*>(to), bytes, place});
   });
 #endif
-  def(m, "_gae_fwd", &Kernels::scan_fwd, gae_fwd);
-  def(m, "_gae_bwd", &Kernels::scan_bwd, gae_bwd);
-  def(m, "_discounted_returns_fwd", &Kernels::scan_fwd, returns_fwd);
-  def(m, "_discounted_returns_bwd", &Kernels::scan_bwd, returns_bwd);
-  def(m, "_affine_scan_fwd", &Kernels::affine_scan, affine_scan);
-  def(m, "_affine_scan_bwd", &Kernels::affine_scan_bwd, affine_scan_bwd);
+  m.def("_gae_fwd", gae_fwd);
+  m.def("_gae_bwd", gae_bwd);
+  m.def("_discounted_returns_fwd", returns_fwd);
+  m.def("_discounted_returns_bwd", returns_bwd);
+  m.def("_affine_scan_fwd", affine_scan);
+  m.def("_affine_scan_bwd", affine_scan_bwd);
   m.def("group_labels", labels_to_ids);
-  def(m, "_group_mean_std_fwd", &Kernels::group_mean_std, group_mean_std_fwd);
-  def(m, "_group_mean_std_bwd", &Kernels::group_mean_std_bwd, group_mean_std_bwd);
-  def(m, "_group_normalize_fwd", &Kernels::group_normalize, group_normalize_fwd);
-  def(m, "_group_normalize_bwd", &Kernels::group_normalize_bwd, group_normalize_bwd);
-  def(m, "_group_advantage_fwd", &Kernels::group_advantage, group_advantage_fwd);
-  def(m, "_optimal_token_baseline_fwd", &Kernels::token_baseline, token_baseline_fwd);
-  def(m, "_kl_penalty_fwd", &Kernels::kl, kl_penalty_fwd);
-  def(m, "_kl_penalty_bwd", &Kernels::kl, kl_penalty_bwd);
-  def(m, "_shape_rewards_fwd", &Kernels::shape_rewards, shape_rewards_fwd);
-  def(m, "_shape_rewards_bwd", &Kernels::shape_rewards_bwd, shape_rewards_bwd);
-  def(m, "_policy_loss_fwd", &Kernels::policy_loss, policy_loss_fwd);
-  def(m, "_policy_variant_fwd", &Kernels::policy_variant, policy_variant_fwd);
-  def(m, "_policy_select_fwd", &Kernels::policy_select, policy_select_fwd);
-  def(m, "_value_loss_fwd", &Kernels::value_loss, value_loss_fwd);
-  def(m, "_scale_fwd", &Kernels::scale, scale_fwd);
-  def(m, "_rollout_correction_fwd", &Kernels::rollout_correction, rollout_correction_fwd);
-  def(m, "_importance_weights_fwd", &Kernels::importance_weights, importance_weights_fwd);
-  def(m, "_masked_sum_fwd", &Kernels::masked_reduce, masked_reduce<Reduce::sum>);
-  def(m, "_masked_sum_bwd", &Kernels::masked_reduce_bwd, masked_reduce_bwd<Reduce::sum>);
-  def(m, "_masked_mean_fwd", &Kernels::masked_reduce, masked_reduce<Reduce::mean>);
-  def(m, "_masked_mean_bwd", &Kernels::masked_reduce_bwd, masked_reduce_bwd<Reduce::mean>);
-  def(m, "_masked_var_fwd", &Kernels::masked_reduce, masked_reduce<Reduce::var>);
-  def(m, "_masked_var_bwd", &Kernels::masked_reduce_bwd, masked_reduce_bwd<Reduce::var>);
-  def(m, "_masked_moments_fwd", &Kernels::masked_reduce, masked_reduce<Reduce::moments>);
-  def(m, "_masked_moments_bwd", &Kernels::masked_reduce_bwd, masked_reduce_bwd<Reduce::moments>);
-  def(m, "_masked_whiten_fwd", &Kernels::whiten_fwd, whiten_fwd<false>);
-  def(m, "_masked_whiten_bwd", &Kernels::whiten_bwd, whiten_bwd<false>);
-  def(m, "_masked_normalize_fwd", &Kernels::whiten_fwd, whiten_fwd<true>);
-  def(m, "_masked_normalize_bwd", &Kernels::whiten_bwd, whiten_bwd<true>);
-  def(m, "_whiten_apply_fwd", &Kernels::whiten_fwd, whiten_apply);
-  def(m, "_whiten_apply_bwd", &Kernels::whiten_bwd, whiten_apply_bwd);
+  m.def("_group_mean_std_fwd", group_mean_std_fwd);
+  m.def("_group_mean_std_bwd", group_mean_std_bwd);
+  m.def("_group_normalize_fwd", group_normalize_fwd);
+  m.def("_group_normalize_bwd", group_normalize_bwd);
+  m.def("_group_advantage_fwd", group_advantage_fwd);
+  m.def("_optimal_token_baseline_fwd", token_baseline_fwd);
+  m.def("_kl_penalty_fwd", kl_penalty_fwd);
+  m.def("_kl_penalty_bwd", kl_penalty_bwd);
+  m.def("_shape_rewards_fwd", shape_rewards_fwd);
+  m.def("_shape_rewards_bwd", shape_rewards_bwd);
+  m.def("_policy_loss_fwd", policy_loss_fwd);
+  m.def("_policy_variant_fwd", policy_variant_fwd);
+  m.def("_policy_select_fwd", policy_select_fwd);
+  m.def("_value_loss_fwd", value_loss_fwd);
+  m.def("_scale_fwd", scale_fwd);
+  m.def("_rollout_correction_fwd", rollout_correction_fwd);
+  m.def("_importance_weights_fwd", importance_weights_fwd);
+  m.def("_masked_sum_fwd", masked_reduce<Reduce::sum>);
+  m.def("_masked_sum_bwd", masked_reduce_bwd<Reduce::sum>);
+  m.def("_masked_mean_fwd", masked_reduce<Reduce::mean>);
+  m.def("_masked_mean_bwd", masked_reduce_bwd<Reduce::mean>);
+  m.def("_masked_var_fwd", masked_reduce<Reduce::var>);
+  m.def("_masked_var_bwd", masked_reduce_bwd<Reduce::var>);
+  m.def("_masked_moments_fwd", masked_reduce<Reduce::moments>);
+  m.def("_masked_moments_bwd", masked_reduce_bwd<Reduce::moments>);
+  m.def("_masked_whiten_fwd", whiten_fwd<false>);
+  m.def("_masked_whiten_bwd", whiten_bwd<false>);
+  m.def("_masked_normalize_fwd", whiten_fwd<true>);
+  m.def("_masked_normalize_bwd", whiten_bwd<true>);
+  m.def("_whiten_apply_fwd", whiten_apply);
+  m.def("_whiten_apply_bwd", whiten_apply_bwd);
 }

@@ -3,13 +3,12 @@
 #pragma once
 #include "args.h"
 
-// X(name, argument struct). A kernel returns the mask's sum where its caller must judge it, else 0.
-#define RLKERN_KERNELS(X)                        \
+// X(name, argument struct): every op's kernel. It returns the mask's sum where its caller must judge it, else 0.
+#define RLKERN_OPS(X)                            \
   X(scan_fwd, ScanArgs)                          \
   X(scan_bwd, ScanGradArgs)                      \
   X(affine_scan, AffineArgs)                     \
   X(affine_scan_bwd, AffineGradArgs)             \
-  X(stream_copy, CopyArgs)                       \
   X(group_mean_std, GroupMeanStdArgs)            \
   X(group_mean_std_bwd, GroupMeanStdGradArgs)    \
   X(group_normalize, GroupNormalizeArgs)         \
@@ -31,32 +30,11 @@
   X(whiten_fwd, WhitenArgs)                      \
   X(whiten_bwd, WhitenGradArgs)
 
-// Those that csrc/cuda has.
-#define RLKERN_CUDA_KERNELS(X)                   \
-  X(scan_fwd, ScanArgs)                          \
-  X(scan_bwd, ScanGradArgs)                      \
-  X(affine_scan, AffineArgs)                     \
-  X(affine_scan_bwd, AffineGradArgs)             \
-  X(group_mean_std, GroupMeanStdArgs)            \
-  X(group_mean_std_bwd, GroupMeanStdGradArgs)    \
-  X(group_normalize, GroupNormalizeArgs)         \
-  X(group_normalize_bwd, GroupNormalizeGradArgs) \
-  X(group_advantage, GroupAdvantageArgs)         \
-  X(token_baseline, TokenBaselineArgs)           \
-  X(kl, KlArgs)                                  \
-  X(shape_rewards, RewardArgs)                   \
-  X(shape_rewards_bwd, RewardGradArgs)           \
-  X(policy_loss, PolicyLossArgs)                 \
-  X(policy_variant, PolicyVariantArgs)           \
-  X(policy_select, PolicySelectArgs)             \
-  X(value_loss, ValueLossArgs)                   \
-  X(scale, ScaleArgs)                            \
-  X(rollout_correction, CorrectionArgs)          \
-  X(importance_weights, ImportanceArgs)          \
-  X(masked_reduce, ReduceArgs)                   \
-  X(masked_reduce_bwd, ReduceGradArgs)           \
-  X(whiten_fwd, WhitenArgs)                      \
-  X(whiten_bwd, WhitenGradArgs)
+#if defined(RLKERN_CUDA)
+#define RLKERN_KERNELS(X) RLKERN_OPS(X)
+#else
+#define RLKERN_KERNELS(X) RLKERN_OPS(X) X(stream_copy, CopyArgs)
+#endif
 
 #if defined(RLKERN_CUDA)
 #define RLKERN_ISAS(X) X(cuda)

@@ -103,28 +103,16 @@ template <class... Parameters>
 int resident_blocks(const char* op, const Place& place, void (*kernel)(Parameters...), int threads, size_t shared) {
   static std::mutex mutex;
   static std::unordered_map<std::string, int> known;
-<<<<<<< HEAD
-  static std::unordered_map<std::string, size_t> most;  // bytes of shared memory that the kernel may have by now
-  const std::string name = std::to_string(reinterpret_cast<size_t>(kernel)) + ' ' + std::to_string(place.device);
-  const std::string key = name + ' ' + std::to_string(threads) + ' ' + std::to_string(shared);
-=======
   static std::unordered_map<std::string, size_t> allowed;  // once allowed, always: another size asks for less
   const std::string which = std::to_string(reinterpret_cast<size_t>(kernel)) + ' ' + std::to_string(place.device);
   const std::string key = which + ' ' + std::to_string(threads) + ' ' + std::to_string(shared);
->>>>>>> 498b1a96d16b6c97b8c462b01809ddbba1c6d30f
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = known.find(key);
   if (found != known.end()) return found->second;
   const OnDevice device(place.device, op);
-<<<<<<< HEAD
-  if (shared > most[name]) {  // a launch of less must not take it from a later one of more
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), op);
-    most[name] = shared;
-=======
   if (size_t& most = allowed[which]; shared > most) {
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), op);
     most = shared;
->>>>>>> 498b1a96d16b6c97b8c462b01809ddbba1c6d30f
   }
   int blocks = 0;
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared), op);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Compiled once per ISA: that ISA's kernels as a table.
-#include "../kernels.h"
+// Compiled once per ISA, and for CUDA: their kernels as a table.
+#include "kernels.h"
 
 #define RLKERN_TEXT_OF(x) #x
 #define RLKERN_TEXT(x) RLKERN_TEXT_OF(x)
