@@ -37,7 +37,7 @@ __device__ __forceinline__ void policy_tokens(const A (&raw)[N], const A (&advan
 //   and the mask read once, each gradient written once. Numerics: tokens by csrc/math/loss.h; sums in float64, of a thread, a
 //   warp, a block, and of all blocks by the last to finish, which writes the results: one order.
 // budget policy_loss_kernel<double, false>: 160 registers, loads 3, stores 1
-// budget policy_loss_kernel<double, true>: 216 registers, loads 6, stores 2
+// budget policy_loss_kernel<double, true>: 224 registers, loads 6, stores 2
 // budget policy_loss_kernel<Mixed_double, true>: 168 registers, loads 0, stores 0
 // budget policy_loss_kernel<S, false>: 128 registers, loads 3, stores 1
 // budget policy_loss_kernel<S, true>: 128 registers, loads 6, stores 2
