@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import rlkern
+from rlkern import backends
 from rlkern.testing import assert_within, mask_kinds
 
 LENGTHS = [5, 0, 33, 1, 300, 40, 16, 0]  # an empty row between others and at the end; less than a vector, one, many and a rest
@@ -66,6 +67,9 @@ def same(a, b, what=""):
     assert a.dtype == b.dtype, what
     assert a.shape == b.shape, what
     assert torch.equal(a.isnan(), b.isnan()), what
+    if backends.current_backend() == "cuda":  # cuts a row where 16 divides its address, so a packed one is added up in another order
+        torch.testing.assert_close(a, b, equal_nan=True, rtol=4 * torch.finfo(a.dtype).eps, atol=4 * torch.finfo(a.dtype).eps)
+        return
     assert torch.equal(a.nan_to_num(0.0), b.nan_to_num(0.0)), what
 
 
