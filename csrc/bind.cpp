@@ -308,7 +308,9 @@ PYBIND11_MODULE(RLKERN_MODULE, m) {
       if (isa == t->isa && runs(isa)) return chosen = t, true;
     return isa.empty() ? (chosen = widest(), true) : false;
   });
-#if !defined(RLKERN_CUDA)
+#if defined(RLKERN_CUDA)
+  m.def("capture", [](uintptr_t stream) { return capture_of(reinterpret_cast<void*>(stream)); });
+#else
   m.def("huge_pages", [](uintptr_t address, size_t bytes) { advise_huge_pages(address, bytes); });
   m.def("stream_copy", [](uintptr_t to, uintptr_t from, int64_t bytes, Place place) {
     return run(&Kernels::stream_copy, CopyArgs{reinterpret_cast<const void*>(from), reinterpret_cast<void*>(to), bytes, place});

@@ -32,6 +32,9 @@
 
 #if defined(RLKERN_CUDA)
 #define RLKERN_KERNELS(X) RLKERN_OPS(X)
+namespace rlkern {
+uint64_t capture_of(void* stream);  // into a graph; 0: none
+}
 #else
 #define RLKERN_KERNELS(X) RLKERN_OPS(X) X(stream_copy, CopyArgs)
 #endif

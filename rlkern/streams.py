@@ -6,26 +6,45 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Bytes: counters, which kernels leave as they find them, zero; then a grid's partial results and the state of a scan's chunks.
-COUNTERS, _MEMORY = 64 << 10, 4 << 20
+from rlkern import backends
+
+# Bytes: counters, which kernels leave as they find them, zero; then a grid's partial results and the state of a scan's chunks,
+# which nobody clears. A row or a chunk takes 16 to 72 of them: a million rows a call.
+COUNTERS, _MEMORY = 64 << 10, 16 << 20
 _memories: dict[tuple[torch.device, int], Tensor] = {}
+_captures: dict[tuple[torch.device, int], tuple[int, Tensor]] = {}
 
 
 def place(device: torch.device) -> tuple[int, int, int, int]:
     """The last argument of the CUDA module's functions: stream, device, address and size of the memory.
 
-    Two streams may run at once and share no memory. A graph may be replayed beside anything, so it holds its own.
+    Two streams may run at once and share no memory. A graph may be replayed beside anything, so each capture has its own,
+    cleared by a node of that graph.
     """
     if device.type != "cuda":  # emulated
         return (0, 0, _memory(device, 0), _MEMORY)
     stream: int = torch._C._cuda_getCurrentRawStream(device.index)
-    if torch.cuda.is_current_stream_capturing():
-        return (stream, device.index, torch.zeros(_MEMORY, dtype=torch.uint8, device=device).data_ptr(), _MEMORY)
-    return (stream, device.index, _memory(device, stream), _MEMORY)
+    capture: int = backends.cuda.capture(stream)  # type: ignore[union-attr]
+    return (stream, device.index, _of_capture(device, stream, capture) if capture else _memory(device, stream), _MEMORY)
+
+
+def _new(device: torch.device) -> Tensor:
+    found = torch.empty(_MEMORY, dtype=torch.uint8, device=device)
+    found[:COUNTERS].zero_()
+    return found
 
 
 def _memory(device: torch.device, stream: int) -> int:
     found = _memories.get((device, stream))
     if found is None:
-        found = _memories[device, stream] = torch.zeros(_MEMORY, dtype=torch.uint8, device=device)
+        found = _memories[device, stream] = _new(device)
+    return found.data_ptr()
+
+
+def _of_capture(device: torch.device, stream: int, capture: int) -> int:
+    """An earlier capture's memory goes back to its graph's pool, where it stays that graph's."""
+    last, found = _captures.get((device, stream), (0, None))
+    if last != capture or found is None:
+        found = _new(device)
+        _captures[device, stream] = (capture, found)
     return found.data_ptr()
