@@ -11,7 +11,7 @@ constexpr int kGroup = 128;  // threads of a row
 static_assert(kHeldThreads == kScanThreads && kHeldThreads % kGroup == 0, "a chunk is a block's; rows share one");
 
 struct Task {
-  int64_t units, run;  // units of a grid; run: consecutive rows of a group, which leave one part
+  int units, run;  // units of a grid; run: consecutive rows of a group, which leave one part
   int64_t count;       // parts
   Moments* parts;
   double* seen;   // how many values there are, where the host reads it
@@ -64,10 +64,10 @@ struct Share {
   template <int N, class F>
   __device__ __forceinline__ void each(F&& f) const {
     const Group g(Cut ? kHeldThreads : kGroup);
-    for (int64_t unit = blockIdx.x; unit < task.units; unit += gridDim.x) {
+    for (int unit = blockIdx.x; unit < task.units; unit += static_cast<int>(gridDim.x)) {
       if constexpr (Cut) f(g, chunk<N>(g, unit));
       else
-        for (int64_t i = 0; i < task.run; ++i) f(g, run_of_rows<N>(g, unit, i));
+        for (int i = 0; i < task.run; ++i) f(g, run_of_rows<N>(g, unit, i));
     }
   }
 
@@ -123,12 +123,11 @@ struct Whitening {
     int turn = 0;
     Share<Cut>{a.rows, chunks, task}.template each<N>([&](const Group& g, const Stretch& s) {
       const F row(a, g, s.row);
-      Carry<A> carry = row.first();
+      Carry<A> carry = Cut ? Carry<A>{} : row.first();
       ShiftedSums sums;
       for (int j = s.begin; j < s.begin + s.tiles; ++j, ++slot) {
-        const typename F::Fetched held = row.fetch(j);
         typename F::Tile t;
-        row.read(held, range, t);
+        row.read(row.fetch(j), range, t);
         const OfWarp<A> mine = row.scan(t);
         OfWarp<A>* const by_turns = of_warp + (slot & 1) * (kHeldThreads / kWarp);
         if (threadIdx.x % kWarp == 0) by_turns[threadIdx.x / kWarp] = mine;
@@ -136,11 +135,11 @@ struct Whitening {
         if constexpr (Cut) {
           typename F::Map whole;
           if (threadIdx.x == 0) whole = row.whole(by_turns);
-          carry = enter_chunk(chunks, s.spot, whole).after(carry);
+          carry = enter_chunk(chunks, s.spot, whole).after(row.first());
         }
         A y[N];
         row.replay(t, row.enter(by_turns, carry), y);
-        row.write(t, held.piece, y, !kept.has(slot));
+        row.write(t, tile_piece<N, true>(g, j, row.length()), y, !kept.has(slot));  // its bounds are not held meanwhile
         if (kept.has(slot)) kept.put(slot, y, t.valid);
         add(sums, y, t.valid);
       }
@@ -194,8 +193,10 @@ struct Whitening {
 //   of a row, then of rows, merged in an order that the rows' lengths alone decide.
 // budget scan_whiten_kernel<S, false, false>: 128 registers, loads 2, stores 1
 // budget scan_whiten_kernel<S, true, false>: 128 registers, loads 4, stores 2
+// budget scan_whiten_kernel<S, false, true>: 128 registers, loads 2, stores 1
+// budget scan_whiten_kernel<S, true, true>: 168 registers, loads 4, stores 2
 template <class S, bool Gae, bool Cut>
-__global__ void __launch_bounds__(kHeldThreads, kHeldBlocks)
+__global__ void __launch_bounds__(kHeldThreads, Cut&& Gae && !std::is_same_v<S, float> ? 1 : kHeldBlocks)
     scan_whiten_kernel(const ScanArgs a, const KlRange<ArithmeticOf<S>> range, const Chunks chunks, const Task task) {
   RLKERN_DYNAMIC_SHARED(Loaded<S>, room);
   Kept<S> kept(room, task.in_shared);
@@ -230,9 +231,9 @@ double whiten_as(const char* op, const ScanArgs& a) {
   const auto kernel = chunks.slots ? scan_whiten_kernel<S, Gae, true> : scan_whiten_kernel<S, Gae, false>;
   double seen = 0;
   Task task{};
-  task.run = chunks.slots ? 1 : (a.rows.count + most_parts - 1) / most_parts;
+  task.run = chunks.slots ? 1 : static_cast<int>((a.rows.count + most_parts - 1) / most_parts);
   task.count = chunks.slots ? chunks.slots : (a.rows.count + task.run - 1) / task.run;
-  task.units = chunks.slots ? chunks.slots : (task.count + kRows - 1) / kRows;
+  task.units = static_cast<int>(chunks.slots ? chunks.slots : (task.count + kRows - 1) / kRows);
   task.parts = chunks.slots ? static_cast<Moments*>(chunks.parts) : room_for<Moments>(op, a.place, task.count);
   task.seen = kEmulated ? &seen : nullptr;
   task.in_shared = in_shared<S>(op, a, chunks, task.units, task.run);
