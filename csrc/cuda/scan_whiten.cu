@@ -34,7 +34,7 @@ class Kept {
   static constexpr size_t kBytes = (sizeof(Loaded<S>) + 1) * kHeldThreads;  // of a slot
   __device__ __forceinline__ Kept(Loaded<S>* room, int slots) : room_(room), slots_(slots) {}
   __device__ __forceinline__ bool has(int slot) const { return slot < slots_; }
-  __device__ __forceinline__ void put(int slot, const A (&y)[N], unsigned valid) {
+  __device__ __forceinline__ void put(int slot, const A (&y)[N], unsigned valid, Dtype written) {
     Loaded<S> packed{};
     if constexpr (Stored<S>::kSame) {
       typename Stored<S>::Element v[N];
@@ -42,13 +42,18 @@ class Kept {
       for (int i = 0; i < N; ++i) v[i] = rounded<typename Stored<S>::Element>(y[i]);
       memcpy(&packed.raw, v, kWide);
     } else {
-      packed.value = y[0];
+      packed.value = as_written(y[0], written);
     }
     room_[at(slot)] = packed, bits()[at(slot)] = static_cast<unsigned char>(valid);
   }
   __device__ __forceinline__ Loaded<S> get(int slot, unsigned& valid) const { return valid = bits()[at(slot)], room_[at(slot)]; }
 
  private:
+  static __device__ __forceinline__ A as_written(A y, Dtype d) {
+    if (d == Dtype::f64) return y;
+    if (d == Dtype::f32) return static_cast<A>(static_cast<float>(y));
+    return d == Dtype::f16 ? number<A>(rounded<__half>(y)) : number<A>(rounded<__nv_bfloat16>(y));
+  }
   static __device__ __forceinline__ int at(int slot) { return slot * kHeldThreads + static_cast<int>(threadIdx.x); }
   __device__ __forceinline__ unsigned char* bits() const { return reinterpret_cast<unsigned char*>(room_ + slots_ * kHeldThreads); }
   Loaded<S>* const room_;
@@ -140,7 +145,7 @@ struct Whitening {
         A y[N];
         row.replay(t, row.enter(by_turns, carry), y);
         row.write(t, tile_piece<N, true>(g, j, row.length()), y, !kept.has(slot));  // its bounds are not held meanwhile
-        if (kept.has(slot)) kept.put(slot, y, t.valid);
+        if (kept.has(slot)) kept.put(slot, y, t.valid, (Gae ? a.advantages : a.returns).dtype);
         add(sums, y, t.valid);
       }
       leave_moments(g, s, sums.moments(), turn, task);
