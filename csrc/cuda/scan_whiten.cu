@@ -199,7 +199,7 @@ struct Whitening {
 // budget scan_whiten_kernel<S, false, false>: 128 registers, loads 2, stores 1
 // budget scan_whiten_kernel<S, true, false>: 128 registers, loads 4, stores 2
 // budget scan_whiten_kernel<S, false, true>: 128 registers, loads 2, stores 1
-// budget scan_whiten_kernel<S, true, true>: 168 registers, loads 4, stores 2
+// budget scan_whiten_kernel<S, true, true>: 192 registers, loads 4, stores 2
 template <class S, bool Gae, bool Cut>
 __global__ void __launch_bounds__(kHeldThreads, Cut&& Gae && !std::is_same_v<S, float> ? 1 : kHeldBlocks)
     scan_whiten_kernel(const ScanArgs a, const KlRange<ArithmeticOf<S>> range, const Chunks chunks, const Task task) {
