@@ -21,7 +21,8 @@ struct OfWarp {
   int live = 0;
 };
 
-// The maps of chunks, which hold the recurrence's numbers: of returns, and of GAE y -> x + by_y y + by_v v.
+// The maps of chunks, which hold the recurrence's numbers: of returns, and of GAE y -> x + by_y y + by_v v, where a rounding a
+// chunk is less than the recurrence's own.
 template <class A>
 struct OfReturns {
   using State = Carry<A>;
@@ -37,17 +38,16 @@ __device__ __forceinline__ OfReturns<A> compose(const OfReturns<A>& first, const
 template <class A>
 struct OfGae {
   using State = Carry<A>;
-  double by_y = 1, by_v = 0;
-  A x = 0, v = 0;
+  A by_y = 1, by_v = 0, x = 0, v = 0;
   int live = 0;
-  __device__ __forceinline__ A sum(A y_in, A v_in) const { return fused(factor<A>(by_y), y_in, fused(factor<A>(by_v), v_in, x)); }
+  __device__ __forceinline__ A sum(A y_in, A v_in) const { return fused(by_y, y_in, fused(by_v, v_in, x)); }
   __device__ __forceinline__ State after(const State& s) const { return live ? State{sum(s.y, s.v), v} : s; }
 };
 template <class A>
 __device__ __forceinline__ OfGae<A> compose(const OfGae<A>& first, const OfGae<A>& then) {
   if (!then.live) return first;
   if (!first.live) return then;
-  return {joined(then.by_y, first.by_y), joined(then.by_y, first.by_v), then.sum(first.x, first.v), then.v, 1};
+  return {factor<A>(joined(then.by_y, first.by_y)), factor<A>(joined(then.by_y, first.by_v)), then.sum(first.x, first.v), then.v, 1};
 }
 
 template <class S, bool Gae>
@@ -137,7 +137,7 @@ class Forward {
     Map all;
     for (int w = g_.first_warp + g_.warps - 1; w >= g_.first_warp; --w) {
       const OfWarp<A>& m = of_warp[w];
-      if constexpr (Gae) all = compose(all, Map{joined(m.c, decay_.exact()), joined(m.c, a_.gamma), m.x, m.v, m.live});
+      if constexpr (Gae) all = compose(all, Map{factor<A>(joined(m.c, decay_.exact())), factor<A>(joined(m.c, a_.gamma)), m.x, m.v, m.live});
       else all = compose(all, Map{m.c, m.x});
     }
     return all;

@@ -11,7 +11,7 @@ constexpr int kGroup = 128;  // threads of a row
 static_assert(kHeldThreads == kScanThreads && kHeldThreads % kGroup == 0, "a chunk is a block's; rows share one");
 
 struct Task {
-  int64_t units, run;  // units of a grid; run: consecutive rows of a group, which leave one part
+  int units, run;  // units of a grid; run: consecutive rows of a group, which leave one part
   int64_t count;       // parts
   Moments* parts;
   double* seen;   // how many values there are, where the host reads it
@@ -34,7 +34,7 @@ class Kept {
   static constexpr size_t kBytes = (sizeof(Loaded<S>) + 1) * kHeldThreads;  // of a slot
   __device__ __forceinline__ Kept(Loaded<S>* room, int slots) : room_(room), slots_(slots) {}
   __device__ __forceinline__ bool has(int slot) const { return slot < slots_; }
-  __device__ __forceinline__ void put(int slot, const A (&y)[N], unsigned valid) {
+  __device__ __forceinline__ void put(int slot, const A (&y)[N], unsigned valid, Dtype written) {
     Loaded<S> packed{};
     if constexpr (Stored<S>::kSame) {
       typename Stored<S>::Element v[N];
@@ -42,13 +42,18 @@ class Kept {
       for (int i = 0; i < N; ++i) v[i] = rounded<typename Stored<S>::Element>(y[i]);
       memcpy(&packed.raw, v, kWide);
     } else {
-      packed.value = y[0];
+      packed.value = as_written(y[0], written);
     }
     room_[at(slot)] = packed, bits()[at(slot)] = static_cast<unsigned char>(valid);
   }
   __device__ __forceinline__ Loaded<S> get(int slot, unsigned& valid) const { return valid = bits()[at(slot)], room_[at(slot)]; }
 
  private:
+  static __device__ __forceinline__ A as_written(A y, Dtype d) {
+    if (d == Dtype::f64) return y;
+    if (d == Dtype::f32) return static_cast<A>(static_cast<float>(y));
+    return d == Dtype::f16 ? number<A>(rounded<__half>(y)) : number<A>(rounded<__nv_bfloat16>(y));
+  }
   static __device__ __forceinline__ int at(int slot) { return slot * kHeldThreads + static_cast<int>(threadIdx.x); }
   __device__ __forceinline__ unsigned char* bits() const { return reinterpret_cast<unsigned char*>(room_ + slots_ * kHeldThreads); }
   Loaded<S>* const room_;
@@ -64,10 +69,10 @@ struct Share {
   template <int N, class F>
   __device__ __forceinline__ void each(F&& f) const {
     const Group g(Cut ? kHeldThreads : kGroup);
-    for (int64_t unit = blockIdx.x; unit < task.units; unit += gridDim.x) {
+    for (int unit = blockIdx.x; unit < task.units; unit += static_cast<int>(gridDim.x)) {
       if constexpr (Cut) f(g, chunk<N>(g, unit));
       else
-        for (int64_t i = 0; i < task.run; ++i) f(g, run_of_rows<N>(g, unit, i));
+        for (int i = 0; i < task.run; ++i) f(g, run_of_rows<N>(g, unit, i));
     }
   }
 
@@ -123,12 +128,11 @@ struct Whitening {
     int turn = 0;
     Share<Cut>{a.rows, chunks, task}.template each<N>([&](const Group& g, const Stretch& s) {
       const F row(a, g, s.row);
-      Carry<A> carry = row.first();
+      Carry<A> carry = Cut ? Carry<A>{} : row.first();
       ShiftedSums sums;
       for (int j = s.begin; j < s.begin + s.tiles; ++j, ++slot) {
-        const typename F::Fetched held = row.fetch(j);
         typename F::Tile t;
-        row.read(held, range, t);
+        row.read(row.fetch(j), range, t);
         const OfWarp<A> mine = row.scan(t);
         OfWarp<A>* const by_turns = of_warp + (slot & 1) * (kHeldThreads / kWarp);
         if (threadIdx.x % kWarp == 0) by_turns[threadIdx.x / kWarp] = mine;
@@ -136,12 +140,12 @@ struct Whitening {
         if constexpr (Cut) {
           typename F::Map whole;
           if (threadIdx.x == 0) whole = row.whole(by_turns);
-          carry = enter_chunk(chunks, s.spot, whole).after(carry);
+          carry = enter_chunk(chunks, s.spot, whole).after(row.first());
         }
         A y[N];
         row.replay(t, row.enter(by_turns, carry), y);
-        row.write(t, held.piece, y, !kept.has(slot));
-        if (kept.has(slot)) kept.put(slot, y, t.valid);
+        row.write(t, tile_piece<N, true>(g, j, row.length()), y, !kept.has(slot));  // its bounds are not held meanwhile
+        if (kept.has(slot)) kept.put(slot, y, t.valid, (Gae ? a.advantages : a.returns).dtype);
         add(sums, y, t.valid);
       }
       leave_moments(g, s, sums.moments(), turn, task);
@@ -194,8 +198,10 @@ struct Whitening {
 //   of a row, then of rows, merged in an order that the rows' lengths alone decide.
 // budget scan_whiten_kernel<S, false, false>: 128 registers, loads 2, stores 1
 // budget scan_whiten_kernel<S, true, false>: 128 registers, loads 4, stores 2
+// budget scan_whiten_kernel<S, false, true>: 128 registers, loads 2, stores 1
+// budget scan_whiten_kernel<S, true, true>: 192 registers, loads 4, stores 2
 template <class S, bool Gae, bool Cut>
-__global__ void __launch_bounds__(kHeldThreads, kHeldBlocks)
+__global__ void __launch_bounds__(kHeldThreads, Cut&& Gae && !std::is_same_v<S, float> ? 1 : kHeldBlocks)
     scan_whiten_kernel(const ScanArgs a, const KlRange<ArithmeticOf<S>> range, const Chunks chunks, const Task task) {
   RLKERN_DYNAMIC_SHARED(Loaded<S>, room);
   Kept<S> kept(room, task.in_shared);
@@ -230,9 +236,9 @@ double whiten_as(const char* op, const ScanArgs& a) {
   const auto kernel = chunks.slots ? scan_whiten_kernel<S, Gae, true> : scan_whiten_kernel<S, Gae, false>;
   double seen = 0;
   Task task{};
-  task.run = chunks.slots ? 1 : (a.rows.count + most_parts - 1) / most_parts;
+  task.run = chunks.slots ? 1 : static_cast<int>((a.rows.count + most_parts - 1) / most_parts);
   task.count = chunks.slots ? chunks.slots : (a.rows.count + task.run - 1) / task.run;
-  task.units = chunks.slots ? chunks.slots : (task.count + kRows - 1) / kRows;
+  task.units = static_cast<int>(chunks.slots ? chunks.slots : (task.count + kRows - 1) / kRows);
   task.parts = chunks.slots ? static_cast<Moments*>(chunks.parts) : room_for<Moments>(op, a.place, task.count);
   task.seen = kEmulated ? &seen : nullptr;
   task.in_shared = in_shared<S>(op, a, chunks, task.units, task.run);
