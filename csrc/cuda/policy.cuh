@@ -7,6 +7,16 @@
 namespace rlkern {
 namespace RLKERN_ISA {
 
+// Blocks of a multiprocessor, at least: 128 registers a thread for two. Float64 needs more; so does bfloat16 with every
+// operand, in what the compiler makes of it for sm_120.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr bool kTight = true;
+#else
+constexpr bool kTight = false;
+#endif
+template <class S, bool Extra = true>
+constexpr int kPolicyBlocks = sizeof(ArithmeticOf<S>) == 8 || (kTight && Extra && std::is_same_v<S, __nv_bfloat16>) ? 1 : 2;
+
 template <class A>
 struct PolicySums {
   double loss = 0, kl = 0, entropy = 0, x = 0;

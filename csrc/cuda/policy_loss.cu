@@ -39,10 +39,11 @@ __device__ __forceinline__ void policy_tokens(const A (&raw)[N], const A (&advan
 // budget policy_loss_kernel<double, false>: 160 registers, loads 3, stores 1
 // budget policy_loss_kernel<double, true>: 224 registers, loads 6, stores 2
 // budget policy_loss_kernel<Mixed_double, true>: 168 registers, loads 0, stores 0
+// budget policy_loss_kernel<__nv_bfloat16, true>: 216 registers, loads 6, stores 2
 // budget policy_loss_kernel<S, false>: 128 registers, loads 3, stores 1
 // budget policy_loss_kernel<S, true>: 128 registers, loads 6, stores 2
 template <class S, bool Extra>
-__global__ void __launch_bounds__(kLossThreads, sizeof(ArithmeticOf<S>) == 8 ? 1 : 2)
+__global__ void __launch_bounds__(kLossThreads, kPolicyBlocks<S, Extra>)
     policy_loss_kernel(const PolicyLossArgs a, const Cut cut, const PolicyClip<ArithmeticOf<S>> clip, const KlRange<ArithmeticOf<S>> range,
                        PolicyTotals* parts) {
   using A = ArithmeticOf<S>;

@@ -131,11 +131,12 @@ struct RowParts {
 //   of its own. The mask is counted beforehand where a gradient needs that. Bytes per element: each operand and the mask read
 //   once as far as shared memory and caches hold them, each gradient written once; vespo and geo-mean read weights (and
 //   advantages) in both looks. Numerics: tokens and rows by csrc/math/variants.h; sums in float64, in one order.
-// budget policy_variant_rows_kernel<double>: 216 registers, loads 6, stores 2
+// budget policy_variant_rows_kernel<double>: 232 registers, loads 6, stores 2
 // budget policy_variant_rows_kernel<Mixed_double>: 208 registers, loads 0, stores 0
+// budget policy_variant_rows_kernel<__nv_bfloat16>: 216 registers, loads 6, stores 2
 // budget policy_variant_rows_kernel<S>: 128 registers, loads 6, stores 2
 template <class S>
-__global__ void __launch_bounds__(kLossThreads, sizeof(ArithmeticOf<S>) == 8 ? 1 : 2)
+__global__ void __launch_bounds__(kLossThreads, kPolicyBlocks<S>)
     policy_variant_rows_kernel(const PolicyVariantArgs a, const Cut cut, const VariantFrame<ArithmeticOf<S>> frame, const int slots, const RowParts parts) {
   using A = ArithmeticOf<S>;
   constexpr int N = Stored<S>::kPiece;
