@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -85,42 +86,61 @@ def assert_within(kernel: Tensor | float, framework: Tensor | float, exact: Tens
         raise AssertionError(f"{what}: error {found:.3e} against float64 is over the budget {allowed:.3e} ({dtype})")
 
 
-def through_gpu() -> None:
-    """From now on backend "triton" runs CPU tensors on the GPU: the tests of every op then exercise the compiled kernels.
+def _on_gpu(x: Tensor) -> Tensor:
+    whole = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
+    return whole.cuda().as_strided(x.shape, x.stride(), x.storage_offset())
 
-    Each argument goes there with its strides and comes back; an input that a kernel has written is an error.
-    """
-    from rlkern import backends, kernels
 
-    launch = kernels.launcher
+def _sent(op: str, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """The call on the GPU: each argument goes there with its strides and comes back; an input that a kernel has written is an
+    error."""
+    schema = getattr(torch.ops.rlkern, op).default._schema
+    inputs = len(schema.arguments) - 1  # less the backend
+    moved = [_on_gpu(x.detach()) if isinstance(x, Tensor) else x for x in args]
+    count = run(*moved)
+    for i, (x, there) in enumerate(zip(args, moved, strict=True)):
+        if isinstance(x, Tensor):
+            back = there.cpu()
+            if i >= inputs:
+                x.copy_(back)
+            elif x.numel() and not torch.equal(_bits(back), _bits(x)):
+                raise AssertionError(f"{op} has written its argument {schema.arguments[i].name}")
+    return count
 
-    def on_gpu(x: Tensor) -> Tensor:
-        whole = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
-        return whole.cuda().as_strided(x.shape, x.stride(), x.storage_offset())
 
-    def launcher(op: str) -> Any:
-        schema = getattr(torch.ops.rlkern, op).default._schema
-        inputs = len(schema.arguments) - 1  # less the backend
+def through_gpu(backend: str) -> None:
+    """From now on "triton", or "cuda", runs CPU tensors on the GPU: the tests of every op then exercise the compiled kernels."""
+    from rlkern import backends, kernels, streams
 
-        def run(*args: Any) -> Any:
-            if not any(isinstance(x, Tensor) and x.device.type == "cpu" for x in args):
-                return launch(op)(*args)
-            moved = [on_gpu(x.detach()) if isinstance(x, Tensor) else x for x in args]
-            count = launch(op)(*moved)
-            for i, (x, there) in enumerate(zip(args, moved, strict=True)):
-                if isinstance(x, Tensor):
-                    back = there.cpu()
-                    if i >= inputs:
-                        x.copy_(back)
-                    elif x.numel() and not torch.equal(_bits(back), _bits(x)):
-                        raise AssertionError(f"{op} has written its argument {schema.arguments[i].name}")
-            return count
+    def at_home(args: tuple[Any, ...]) -> bool:
+        return not any(isinstance(x, Tensor) and x.device.type == "cpu" for x in args)
 
-        return run
+    if backend == "triton":
+        launch, reasons = kernels.launcher, backends._triton_reasons
+        kernels.launcher = lambda op: lambda *args: launch(op)(*args) if at_home(args) else _sent(op, launch(op), args)  # type: ignore[assignment]
+        backends._triton_reasons = lambda op, device: reasons(op, "cuda")
+        return
+    module, cuda_reasons = backends.cuda, backends._cuda_reasons
 
-    reasons = backends._triton_reasons
-    kernels.launcher = launcher  # type: ignore[assignment]
-    backends._triton_reasons = lambda op, device: reasons(op, "cuda")
+    class Sending:
+        def __getattr__(self, op: str) -> Any:
+            kernel = getattr(module, op)
+            if not op.startswith("_"):
+                return kernel
+
+            def run(*given: Any) -> Any:
+                args = given[:-1]
+                if at_home(args):
+                    return kernel(*given)
+                _sent(op, lambda *moved: kernel(*moved, streams.place(torch.device("cuda", 0))), args)
+                names = [x.name for x in getattr(torch.ops.rlkern, op).default._schema.arguments]
+                mask = args[names.index("mask")] if "mask" in names else None
+                return 1.0 if mask is None else float(mask.double().sum())  # what the CPU's kernel gives to be judged
+
+            return run
+
+    backends.cuda = Sending()  # type: ignore[assignment]
+    backends._cuda_reasons = lambda op, device: cuda_reasons(op, "cuda")
 
 
 def _bits(x: Tensor) -> Tensor:

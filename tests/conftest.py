@@ -42,12 +42,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("backend") == "cuda" and not torch.cuda.is_available():
+    chosen = config.getoption("backend")
+    if chosen in ("triton", "cuda") and torch.cuda.is_available():
+        through_gpu(chosen)
+    elif chosen == "cuda":
         _emulate_cuda(config)
-    if config.getoption("backend") != "triton":
-        return
-    if torch.cuda.is_available():
-        through_gpu()
+    if chosen != "triton" or torch.cuda.is_available():
         return
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is first imported: it decides what @triton.jit makes
     _hasten_interpreter()

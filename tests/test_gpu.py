@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import rlkern
-from rlkern import advantages
+from rlkern import advantages, backends
 from rlkern.testing import assert_within, ragged_mask
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -45,6 +45,16 @@ CALLS = {
     "reinforce_plus_plus_baseline": lambda x: advantages.reinforce_plus_plus_baseline(x["rewards"], x["mask"], x["group"]),
 }
 calls = pytest.mark.parametrize("name", CALLS)
+
+
+@pytest.fixture(autouse=True, params=["triton", "cuda"])
+def side(request):
+    """Both kinds of kernels; of `--backend`, that one."""
+    why = backends.why_not(request.param, "_gae_fwd", "cuda")
+    if why or request.config.getoption("backend") not in (None, request.param):
+        pytest.skip("; ".join(why) or "another backend is asked for")
+    with rlkern.use_backend(request.param):
+        yield request.param
 
 
 def loss_and_grad(x, **kw):
@@ -84,12 +94,14 @@ def test_gpu_matches_reference(name, dtype):
         assert_within(got, mine, best, scale=best.abs().max(), what=name)
 
 
-def test_gpu_auto_takes_triton(caplog):
+def test_gpu_auto_takes_no_reference(caplog):
     x = moved(batch())
-    for name in CALLS:
-        CALLS[name](x)
-    assert not [r for r in caplog.records if "torch backend" in r.message]
-    assert "gae_fwd on cuda, torch.float32: triton" in rlkern.explain("gae", x["rewards"])
+    with rlkern.use_backend("auto"):
+        for name in CALLS:
+            CALLS[name](x)
+        assert not [r for r in caplog.records if "torch backend" in r.message]
+        first = backends._order("_gae_fwd", x["rewards"].device)[0]
+        assert f"gae_fwd on cuda, torch.float32: {first}" in rlkern.explain("gae", x["rewards"])
 
 
 @calls
