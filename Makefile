@@ -13,7 +13,9 @@ GPU := build/gpu
 EMULATED := build/emulated
 CUDA := build/cuda
 CUDA_ARCHS ?= 80-real;90-real;100-real;120
-CUDA_TESTS := $(addprefix tests/test_,affine_scan.py kl.py kl_weighted.py shape_rewards.py whiten.py correction.py correction_shapes.py importance_weights.py cuda_emulator.py group.py group_nan.py outcome_advantages.py token_baseline.py policy_select.py policy_variants.py numerics_policy.py value_loss.py loss.py loss_shapes.py scan.py scan_long.py discounted_returns.py)
+CUDA_TESTS := $(patsubst %,tests/test_%.py,affine_scan correction correction_shapes cuda_emulator discounted_returns group group_nan \
+	importance_weights kl kl_weighted loss loss_shapes math_parity numerics_policy outcome_advantages packed_advantages policy_select \
+	policy_variants scan scan_long shape_rewards token_baseline value_loss whiten)
 CMAKE = $(BIN)/cmake -G Ninja -S . -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) -DPython_EXECUTABLE=$(BIN)/python
 GPU_RESULTS ?= build/gpu
 GPU_COMMIT ?= $(shell git rev-parse HEAD 2>/dev/null)

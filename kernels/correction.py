@@ -205,7 +205,7 @@ def rollout_correction_fwd_kernel(
     stays = row_stays(stays, most_or_nan(sum_2, max_2, n), 0.0, max2, ON[6], A)
     stays = row_stays(stays, most_or_nan(sum_3, max_3, n), 0.0, max3, ON[7], A)
     put(table, rows, row, KEPT, tl.where(stays, tl.sum(kept, 0), 0))
-    of_row = math.exp_bounded(math.clamped((olds - rollouts).to(A), -SAFETY, SAFETY)) if LEVEL == "sequence" else olds - olds
+    of_row = math.exp_bounded(math.clamped((olds - rollouts).to(A), -SAFETY, SAFETY)) if LEVEL == "sequence" else n - n
     put(table, rows, row, RATIO, of_row)
 
 

@@ -204,8 +204,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("backend"):
-        others = [item for item in items if "backend" not in getattr(item, "fixturenames", ()) and item.path.name != "test_gpu.py"]
+    """Of a backend named, its tests alone; interpreted, float32 and bfloat16 stand for the four dtypes, as a launch is slow."""
+    chosen = config.getoption("backend")
+    left_out = (torch.float64, torch.float16) if chosen == "triton" and not torch.cuda.is_available() else ()
+
+    def other(item: pytest.Item) -> bool:
+        if "backend" not in getattr(item, "fixturenames", ()) and item.path.name != "test_gpu.py":
+            return True
+        return hasattr(item, "callspec") and item.callspec.params.get("dtype") in left_out
+
+    if chosen:
+        others = [item for item in items if other(item)]
         items[:] = [item for item in items if item not in others]
         config.hook.pytest_deselected(items=others)
 

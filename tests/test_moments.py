@@ -93,10 +93,11 @@ def matches_reference(op, dtype):
         if offset == 1.0:
             v[0, 0] = 3e4  # an outlier first: the worst shift
         long = tokens > 1000  # past one chunk: the fast path, weights noticed on the way, and beforehand
-        for m in (
+        few = backends.current_backend() == "triton" and not torch.cuda.is_available()  # interpreted, a column is a slow program
+        for n, m in enumerate(
             (ragged_mask(rows, tokens, 0.2), weights(rows, tokens, torch.int64), weights(rows, tokens)) if long else masks(rows, tokens)
         ):
-            for axis in (None,) if long else axes:
+            for axis in (None,) if long else axes[: 2 if few and n else 3]:
                 kernel, true = OPS[op](v, m, axis), exact(op, v, m, axis)
                 plain = PLAIN[op](v, m, axis) if op in PLAIN else true
                 assert_within(kernel, plain, true, scale(op, v, m, axis), f"{op}, mask {m.dtype}, axis {axis}")
