@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""tools/cuda_check.py: every CUDA kernel states its budget, and code that leaves one is a breach."""
+"""tools/cuda_check.py: every CUDA kernel states its budget, and code that leaves one is a breach. tools/gpu.py: what it can
+show without a GPU."""
 
 import collections
 import importlib.util
@@ -10,15 +11,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def load():
-    spec = importlib.util.spec_from_file_location("rlkern_cuda_check", ROOT / "tools" / "cuda_check.py")
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"rlkern_{name}", ROOT / "tools" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 
 
-check = load()
+check = load("cuda_check")
 BUDGET = check.Budget("kl_kernel", ("S", "false"), 40, 2, 1)
 
 
@@ -49,3 +50,10 @@ def test_cuda_check_catches():
     assert check.breaches(code(stack=8, local=2), BUDGET) == ["8 bytes of stack", "2 accesses to local memory"]
     assert check.breaches(code(stores=collections.Counter({32: 4})), BUDGET) == ["0 stores of 128 bits, planned 1"]
     assert check.breaches(code(), None) == ["no budget beside the kernel"]
+
+
+def test_gpu_script_sanitizes_calls_that_run(monkeypatch, capsys):
+    """A call that raises would leave the sanitizers without a program, which their report takes for a machine that refuses."""
+    monkeypatch.setattr(sys, "argv", ["-c", "torch", "cpu"])
+    exec(load("gpu").TINY, {})
+    assert capsys.readouterr().out == "done\n"

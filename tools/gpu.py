@@ -19,13 +19,14 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS, SANITIZER, BENCH = 260, 120, 500  # seconds: of each backend, of each tool, of the table
+TESTS, SANITIZER, BENCH = 260, 100, 500  # seconds: of each backend, of each tool, of the table
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 TINY = """
 import sys, torch, rlkern
-g = torch.Generator("cuda").manual_seed(0)
-def draw(*shape): return torch.randn(*shape, generator=g, device="cuda")
-with rlkern.use_backend(sys.argv[1]):
+backend, device = sys.argv[1:]
+g = torch.Generator(device).manual_seed(0)
+def draw(*shape): return torch.randn(*shape, generator=g, device=device)
+with rlkern.use_backend(backend):
     for rows, tokens in ((3, 33), (2, 9001)):  # many rows, few long ones
         x, y = draw(rows, tokens), draw(rows, tokens).requires_grad_()
         m = (draw(rows, tokens) < 0.7).long(); m[:, 0] = 1
@@ -36,11 +37,13 @@ with rlkern.use_backend(sys.argv[1]):
         rlkern.policy_loss(x, y, x, m).loss.backward(); rlkern.policy_loss_and_grad(x, y.detach(), x, m)
         rlkern.policy_loss(x, y, x, m, variant="gspo").loss.backward(); rlkern.value_loss(y, x, x, m).loss.backward()
         rlkern.kl_penalty(y, x, "k3").sum().backward(); rlkern.shape_rewards(x, x, y.detach(), m, kl_coef=0.1)
-        ids = rlkern.group_index(torch.arange(rows, device="cuda") // 2)
+        ids = rlkern.group_index(torch.arange(rows, device=device) // 2)
         for f in (rlkern.advantages.grpo, rlkern.advantages.rloo): f(x, m, ids)
         rlkern.advantages.gae(x, y.detach(), m, 0.9, 0.9); rlkern.advantages.reinforce_plus_plus(x, m, 0.9)
         rlkern.rollout_correction(x, y.detach(), m, rollout_is="token"); rlkern.importance_weights(x, y.detach(), m)
-torch.cuda.synchronize(); print("done")
+if device == "cuda":
+    torch.cuda.synchronize()
+print("done")
 """
 
 
@@ -95,7 +98,7 @@ def sanitizer(log: Path, tool: str, backend: str) -> dict[str, object]:
     program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if program is None:
         return {"ran": False, "why": "compute-sanitizer is not here"}
-    command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", TINY, backend]
+    command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", TINY, backend, "cuda"]
     status, text = run(command, SANITIZER, log, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     summary = [line for line in text.splitlines() if "SUMMARY" in line]
     if not summary or "done" not in text:
