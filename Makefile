@@ -15,7 +15,7 @@ CUDA := build/cuda
 CUDA_ARCHS ?= 80-real;90-real;100-real;120
 CUDA_TESTS := $(patsubst %,tests/test_%.py,affine_scan correction correction_shapes cuda_emulator discounted_returns group group_nan \
 	importance_weights kl kl_weighted loss loss_shapes math_parity numerics_policy outcome_advantages packed_advantages policy_select \
-	policy_variants scan scan_long shape_rewards token_baseline value_loss whiten)
+	policy_variants scan scan_long shape_rewards token_baseline value_loss whiten whiten_shapes)
 CMAKE = $(BIN)/cmake -G Ninja -S . -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) -DPython_EXECUTABLE=$(BIN)/python
 GPU_RESULTS ?= build/gpu
 GPU_COMMIT ?= $(shell git rev-parse HEAD 2>/dev/null)

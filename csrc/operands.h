@@ -216,9 +216,9 @@ struct type_caster<rlkern::Packed> {
 #if defined(RLKERN_CUDA)
 template <>
 struct type_caster<rlkern::Place> {
-  PYBIND11_TYPE_CASTER(rlkern::Place, const_name("tuple[int, int, int, int]"));
-  bool load(handle h, bool) {  // stream, device, memory, its bytes
-    if (!PyTuple_Check(h.ptr()) || PyTuple_GET_SIZE(h.ptr()) != 4) return false;
+  PYBIND11_TYPE_CASTER(rlkern::Place, const_name("tuple[int, int, int, int, object]"));
+  bool load(handle h, bool) {  // stream, device, memory, its bytes and its owner
+    if (!PyTuple_Check(h.ptr()) || PyTuple_GET_SIZE(h.ptr()) != 5) return false;
     const auto at = [&](Py_ssize_t i) { return PyLong_AsLongLong(PyTuple_GET_ITEM(h.ptr(), i)); };
     value = {reinterpret_cast<void*>(at(0)), static_cast<int>(at(1)), reinterpret_cast<void*>(at(2)), at(3)};
     return !PyErr_Occurred();

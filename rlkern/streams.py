@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from torch import Tensor
 
@@ -15,17 +18,21 @@ _memories: dict[tuple[torch.device, int], Tensor] = {}
 _captures: dict[tuple[torch.device, int], tuple[int, Tensor]] = {}
 
 
-def place(device: torch.device) -> tuple[int, int, int, int]:
-    """The last argument of the CUDA module's functions: stream, device, address and size of the memory.
+def place(device: torch.device) -> tuple[int, int, int, int, Tensor]:
+    """The last argument of the CUDA module's functions: stream, device, address and size of the memory, and its owner.
 
     Two streams may run at once and share no memory. A graph may be replayed beside anything, so each capture has its own,
     cleared by a node of that graph.
     """
     if device.type != "cuda":  # emulated
-        return (0, 0, _memory(device, 0), _MEMORY)
+        memory = _memories.get((device, 0))
+        if memory is None:
+            memory = _memories[device, 0] = _new(device)
+        return (0, 0, memory.data_ptr(), _MEMORY, memory)
     stream: int = torch._C._cuda_getCurrentRawStream(device.index)
     capture: int = backends.cuda.capture(stream)  # type: ignore[union-attr]
-    return (stream, device.index, _of_capture(device, stream, capture) if capture else _memory(device, stream), _MEMORY)
+    memory = _of_capture(device, stream, capture) if capture else _of_stream(device, stream)
+    return (stream, device.index, memory.data_ptr(), _MEMORY, memory)
 
 
 def _new(device: torch.device) -> Tensor:
@@ -34,17 +41,28 @@ def _new(device: torch.device) -> Tensor:
     return found
 
 
-def _memory(device: torch.device, stream: int) -> int:
+def _of_stream(device: torch.device, stream: int) -> Tensor:
     found = _memories.get((device, stream))
     if found is None:
-        found = _memories[device, stream] = _new(device)
-    return found.data_ptr()
+        with ThreadPoolExecutor(1) as other:  # this thread may be warming up a graph, in whose pool nothing may stay
+            found = _memories[device, stream] = other.submit(_new_on, device, stream).result()
+    return found
 
 
-def _of_capture(device: torch.device, stream: int, capture: int) -> int:
-    """An earlier capture's memory goes back to its graph's pool, where it stays that graph's."""
+def _new_on(device: torch.device, stream: int) -> Tensor:
+    with torch.cuda.stream(torch.cuda.ExternalStream(stream, device=device)):
+        return _new(device)
+
+
+def _of_capture(device: torch.device, stream: int, capture: int) -> Tensor:
+    """One for the whole capture: an earlier capture's goes back to its graph's pool, where it stays that graph's.
+
+    torch.compile's own graphs bear nothing in their pool but their results: where there may be such, one for each call.
+    """
+    if "torch._inductor.cudagraph_trees" in sys.modules:
+        return _new(device)
     last, found = _captures.get((device, stream), (0, None))
     if last != capture or found is None:
         found = _new(device)
         _captures[device, stream] = (capture, found)
-    return found.data_ptr()
+    return found

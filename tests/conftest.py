@@ -66,7 +66,7 @@ def _emulate_cuda(config: pytest.Config) -> None:
     backends._cuda_reasons = lambda op, device: reasons(op, "cuda")
     place = library.streams.place
 
-    def clean(device: torch.device) -> tuple[int, int, int, int]:
+    def clean(device: torch.device) -> tuple[int, int, int, int, torch.Tensor]:
         """A kernel leaves its counters zero: the next one asks whether the last one did."""
         found = place(device)
         if library.streams._memories[device, 0][: library.streams.COUNTERS].any():

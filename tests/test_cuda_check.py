@@ -8,6 +8,8 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -50,6 +52,39 @@ def test_cuda_check_catches():
     assert check.breaches(code(stack=8, local=2), BUDGET) == ["8 bytes of stack", "2 accesses to local memory"]
     assert check.breaches(code(stores=collections.Counter({32: 4})), BUDGET) == ["0 stores of 128 bits, planned 1"]
     assert check.breaches(code(), None) == ["no budget beside the kernel"]
+
+
+WAITS = """
+        /*b5b0*/                   LDG.E.STRONG.SYS R49, desc[UR8][R26.64] ;   /* 0x00 */
+        /*b5c0*/                   YIELD ;                                     /* 0x00 */
+        /*b5d0*/              @!P3 PLOP3.LUT P0, PT, P2, PT, PT, 0x80, 0x0 ;   /* 0x00 */
+        /*b5e0*/                   ISETP.NE.AND P2, PT, R14, RZ, PT ;          /* 0x00 */
+        /*b5f0*/              @!P0 BRA {to}                  {more};           /* 0xfffffffc00ac0947 */
+        /*b600*/                   BRA 0xb600;                                 /* 0x00 */
+"""
+
+
+@pytest.mark.parametrize("more", ["", "&req={2}        ?trans5"])  # as sm_90 is written, and sm_120
+def test_cuda_check_loops_that_never_end(more):
+    """A load that the assembler has taken out of the loop that waits for it."""
+    assert check.idle_loops(WAITS.format(to="0xb5c0", more=more)) == 1
+    assert check.idle_loops(WAITS.format(to="0xb5b0", more=more)) == 0
+    assert check.breaches(code(idle=1), BUDGET) == ["1 loops that wait for what they do not ask"]
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "said"),
+    [
+        (0, "done\n========= ERROR SUMMARY: 0 errors\n", {"ran": True, "clean": True, "summary": "0 errors"}),
+        (9, "done\n========= ERROR SUMMARY: 3 errors\n", {"ran": True, "clean": False, "summary": "3 errors"}),
+        (9, "RuntimeError\n========= ERROR SUMMARY: 1 error\n", {"ran": True, "clean": False, "summary": "1 error"}),  # it died of it
+        (0, "done\n========= RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)\n", {"ran": True, "clean": False}),
+        (1, "Device not supported\n========= ERROR SUMMARY: 0 errors\n", {"ran": False, "why": "exit 1"}),
+        (124, "", {"ran": False, "why": "exit 124"}),
+    ],
+)
+def test_gpu_script_reads_sanitizers(status, text, said):
+    assert said.items() <= load("gpu").verdict(status, text).items()
 
 
 def test_gpu_script_sanitizes_calls_that_run(monkeypatch, capsys):

@@ -105,7 +105,7 @@ def test_launch_that_fails_raises(backend: str, monkeypatch: pytest.MonkeyPatch)
     if backend != "cuda":
         pytest.skip("the CUDA kernels' own")
     values, mask, place = torch.arange(12.0).reshape(3, 4), torch.ones(3, 4), streams.place
-    monkeypatch.setattr(streams, "place", lambda device: (*place(device)[:3], streams.COUNTERS))
+    monkeypatch.setattr(streams, "place", lambda device: (*place(device)[:3], streams.COUNTERS, None))
     with pytest.raises(RuntimeError, match=r"rlkern\.masked_whiten: the memory between blocks must hold this launch; it is too small\."):
         rlkern.masked_whiten(values, mask)
     monkeypatch.undo()

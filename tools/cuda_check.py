@@ -4,7 +4,8 @@
 Beside each kernel in csrc/cuda stands its budget, `// budget name<arguments>: R registers, loads L, stores S`. Every variant
 of it, for every GPU that was compiled for, takes at most R registers, spills nothing and keeps nothing in local memory; those
 whose operands share a dtype load at least L and store at least S times 128 bits. The rest of the accesses are those of a
-row's ends. A kernel without a budget is a breach.
+row's ends. A kernel without a budget is a breach, and so is a loop that waits but asks no memory: the assembler may take a load
+out of a loop, and then it never ends.
 """
 
 import argparse
@@ -18,6 +19,29 @@ from typing import NamedTuple
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 BUDGET = re.compile(r"// budget (\w+)(<[^:]*>)?: (\d+) registers, loads (\d+), stores (\d+)$", re.MULTILINE)
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_]+)([^;]*);")
+# Neither an access nor a sum: what a loop of these alone looks at never changes.
+IDLE = {
+    "YIELD",
+    "LOP3",
+    "PLOP3",
+    "ISETP",
+    "P2R",
+    "R2P",
+    "R2UR",
+    "UISETP",
+    "ULOP3",
+    "UPLOP3",
+    "MOV",
+    "SEL",
+    "NOP",
+    "BSSY",
+    "BSYNC",
+    "BREAK",
+    "WARPSYNC",
+    "BRA",
+    "NANOSLEEP",
+}
 STORED = ("float", "double", "__half", "__nv_bfloat16")  # S where operands share a dtype
 
 
@@ -42,6 +66,7 @@ class Code(NamedTuple):
     local: int
     loads: collections.Counter[int]  # by bits
     stores: collections.Counter[int]
+    idle: int = 0  # loops that wait for what they do not ask
 
 
 def budgets(folder: Path = CSRC) -> list[Budget]:
@@ -84,6 +109,14 @@ def demangled(symbol: str) -> tuple[str, tuple[str, ...]]:
     return name, split(re.sub(r"<(\w+)>", r"_\1", arguments.removesuffix(">").replace(" >", ">")))
 
 
+def idle_loops(text: str) -> int:
+    """Loops of SASS, from a branch's target to the branch, whose instructions are all IDLE. A kernel's end, which branches to
+    itself, is none."""
+    code = [(int(at, 16), name, rest) for at, name, rest in INSTRUCTION.findall(text)]
+    branches = [(int(to[1], 16), at) for at, name, rest in code if name == "BRA" and (to := re.search(r"0x([0-9a-f]+)", rest))]
+    return sum(all(name in IDLE for at, name, _ in code if first <= at <= last) for first, last in branches if first < last)
+
+
 def codes(module: Path) -> list[Code]:
     usage: dict[tuple[str, str], tuple[int, int]] = {}
     arch = ""
@@ -104,12 +137,20 @@ def codes(module: Path) -> list[Code]:
                 width = re.search(r"\.[US]?(8|16|64|128|256)\b", suffixes)
                 widths[kind][int(width[1]) if width else 32] += 1
             local = widths["LDL"].total() + widths["STL"].total()
-            found.append(Code(arch, *demangled(symbol), *usage[arch, symbol], local, widths["LDG"], widths["STG"]))
+            found.append(Code(arch, *demangled(symbol), *usage[arch, symbol], local, widths["LDG"], widths["STG"], idle_loops(text)))
     return found
 
 
 def breaches(code: Code, budget: Budget | None) -> list[str]:
-    found = [f"{n} {what}" for n, what in ((code.stack, "bytes of stack"), (code.local, "accesses to local memory")) if n]
+    found = [
+        f"{n} {what}"
+        for n, what in (
+            (code.stack, "bytes of stack"),
+            (code.local, "accesses to local memory"),
+            (code.idle, "loops that wait for what they do not ask"),
+        )
+        if n
+    ]
     if budget is None:
         return [*found, "no budget beside the kernel"]
     if code.registers > budget.registers:

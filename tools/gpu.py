@@ -7,10 +7,13 @@ RESULTS/gpu.json (machine, versions, commit, tests, table; steps not asked for k
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -64,7 +67,11 @@ def run(command: list[str], limit: float, log: Path, **env: str) -> tuple[int, s
         try:
             status = process.wait(limit)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
+            process.send_signal(signal.SIGINT)  # pytest still says what it has found
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(15)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             status = 124
         out.seek(0)
@@ -81,6 +88,8 @@ def tests(results: Path, log: Path, backend: str) -> dict[str, object]:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--backend", backend, f"--junitxml={xml}", "--tb=short"]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(min(12, os.cpu_count() or 1)), "--dist", "worksteal"]
+    if importlib.util.find_spec("pytest_timeout"):
+        command += ["--timeout=100", "--timeout-method=thread"]  # a kernel that hangs has a name
     status, text = run([*command, *files], TESTS, log)
     found: dict[str, object] = {"exit": status, "summary": text.strip().splitlines()[-1] if text.strip() else ""}
     if xml.exists():
@@ -98,15 +107,23 @@ def sanitizer(log: Path, tool: str, backend: str) -> dict[str, object]:
     program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if program is None:
         return {"ran": False, "why": "compute-sanitizer is not here"}
-    command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", TINY, backend, "cuda"]
-    status, text = run(command, SANITIZER, log, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    summary = [line for line in text.splitlines() if "SUMMARY" in line]
-    if not summary or "done" not in text:
+    command = [program, "--tool", tool, "--error-exitcode", "9", "--print-limit", "50"]
+    command += ["--report-api-errors", "no"] if tool == "memcheck" else []  # torch asks for what a machine may not have
+    status, text = run([*command, sys.executable, "-c", TINY, backend, "cuda"], SANITIZER, log, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    return verdict(status, text)
+
+
+def verdict(status: int, text: str) -> dict[str, object]:
+    """Of a sanitizer's output. What it found counts also where the program died of it."""
+    summary = re.findall(r"SUMMARY: (.*)", text)
+    found = any(int(n) for line in summary for n in re.findall(r"\d+", line)[:1])
+    if not found and (status != 0 or "done" not in text):
         return {"ran": False, "why": f"exit {status}", "end": text[-500:]}
-    return {"ran": True, "clean": status == 0, "summary": summary[-1].strip("= ")}
+    return {"ran": True, "clean": not found, "summary": summary[-1] if summary else ""}
 
 
 def has_cuda() -> bool:
+    """And a machine with nvcc has: its module was built, so it must load."""
     code = "from rlkern import backends; print(backends.cuda is not None)"
     asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tempfile.gettempdir())
     return asked.stdout.strip() == "True"
@@ -131,24 +148,31 @@ def main() -> int:
     results.mkdir(parents=True, exist_ok=True)
     log, table = results / "gpu.log", results / "gpu.json"
     found: dict[str, object] = (json.loads(table.read_text()) if table.exists() else {}) | {"commit": given.commit}
-    backends, good = ["triton"] + ["cuda"] * has_cuda(), True
+    backends = ["triton"] + ["cuda"] * has_cuda()
+    good = "cuda" in backends or shutil.which("nvcc") is None
+
+    def keep(step: str, name: str, result: dict[str, object], fine: bool) -> None:
+        """At once: what ends this run loses no more than the step it is in."""
+        nonlocal good
+        good = good and fine
+        found.setdefault(step, {})[name] = result  # type: ignore[index,attr-defined]
+        table.write_text(json.dumps(found, indent=1) + "\n")
+        say(f"{step} {name}: {json.dumps(result)}", log)
+
+    if not good:
+        keep("tests", "cuda", {"why": "nvcc is here, but rlkern._C_cuda does not load"}, False)
     if "tests" in given.steps:
-        of = {backend: tests(results, log, backend) for backend in backends}
-        found["tests"], good = of, good and all(x["exit"] == 0 for x in of.values())
-        say(json.dumps(of), log)
+        for backend in backends:
+            of = tests(results, log, backend)
+            keep("tests", backend, of, of["exit"] == 0)
     if "sanitizers" in given.steps:
-        runs = {
-            f"{tool} {backend}": sanitizer(log, tool, backend)
-            for backend in backends[::-1]
-            for tool in TOOLS
-            if backend == "cuda" or tool == TOOLS[0]
-        }
-        found["sanitizers"], good = runs, good and all(x.get("clean", True) for x in runs.values())
-        say(json.dumps(runs), log)
+        for backend, tool in [("cuda", t) for t in TOOLS if "cuda" in backends] + [("triton", TOOLS[0])]:
+            seen = sanitizer(log, tool, backend)
+            keep("sanitizers", f"{tool} {backend}", seen, bool(seen.get("clean", True)))
     if "bench" in given.steps:
         found |= bench(results, log)
         good = good and found["bench_exit"] == 0
-    table.write_text(json.dumps(found, indent=1) + "\n")
+        table.write_text(json.dumps(found, indent=1) + "\n")
     say(f"wrote {table} and {log}", log)
     return int(not good)
 

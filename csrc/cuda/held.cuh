@@ -22,6 +22,7 @@ struct Walk {
     int64_t row = 0;
     Piece piece;
     bool there = false;
+    bool past = false;  // all pieces of the thread. Rows that start unevenly have one piece less than others: not there, not past
   };
   __device__ __forceinline__ int64_t base(const Operand& x, int64_t r) const { return ByRow ? tiling.rows.base(x, r) : tiling.base(x, r); }
   __device__ __forceinline__ Spot at(int64_t j) const {
@@ -31,11 +32,11 @@ struct Walk {
       s.row = blockIdx.x, length = tiling.rows.len(s.row), k = j * kHeldThreads + threadIdx.x;
     } else {
       const uint64_t i = (static_cast<uint64_t>(j) * gridDim.x + blockIdx.x) * kHeldThreads + threadIdx.x;
-      if (!spread(tiling, i, s.row, k)) return s;
+      if (!spread(tiling, i, s.row, k)) return s.past = true, s;
       length = tiling.rows.length;
     }
     const int lead = lead_of<S>(first, base(first, s.row));
-    s.there = k < pieces_of<N>(lead, length);
+    s.there = k < pieces_of<N>(lead, length), s.past = ByRow && !s.there;
     s.piece = piece_of<N>(k, lead, length);
     return s;
   }

@@ -71,6 +71,7 @@ __device__ __forceinline__ Spot chunk_at(const Chunks& c, const Rows& rows, int6
   }
   __syncthreads();
   const int64_t row = found[0];
+  __syncthreads();  // the next question's answer is written where this one is read
   return {row, number - first_slot(c, rows, row), number};
 }
 __device__ __forceinline__ Spot take_chunk(const Chunks& c, const Rows& rows) {
@@ -86,7 +87,13 @@ __device__ __forceinline__ void publish(T* values, unsigned* bits, int64_t slot,
   __threadfence();
   atomicOr(&bits[slot / 32], 1u << (slot % 32));
 }
-__device__ __forceinline__ bool published(const unsigned* bits, int64_t slot) { return __ldcg(&bits[slot / 32]) >> (slot % 32) & 1; }
+__device__ __forceinline__ bool published(const unsigned* bits, int slot) { return watched(&bits[slot / 32]) >> (slot % 32) & 1; }
+// Of N slots, a bit each. The word behind the last one is a counter too.
+template <int N>
+__device__ __forceinline__ unsigned all_published(const unsigned* bits, int slot) {
+  const unsigned *word = bits + slot / 32, low = watched(word), high = watched(word + 1);
+  return static_cast<unsigned>((static_cast<uint64_t>(high) << 32 | low) >> (slot % 32)) & ((1u << N) - 1);
+}
 
 // The map of all chunks before this one, in the first warp's lane 0. The first warp asks; its chunk is not the row's first.
 template <class Map>
@@ -94,21 +101,21 @@ __device__ __forceinline__ Map look_back(const Chunks& c, const Spot& s) {
   constexpr int kEach = kSpan / kWarp;
   const auto op = [](const Map& first, const Map& then) { return compose(first, then); };
   const Map *maps = static_cast<const Map*>(c.maps), *sums = static_cast<const Map*>(c.sums);
-  const int64_t origin = s.slot - s.chunk, fixed = (s.chunk - 1) / kSpan * kSpan;
-  const int64_t mine = (fixed ? fixed + 1 : 0) + static_cast<int64_t>(threadIdx.x) * kEach;
-  bool all = false;
-  while (!all) {
-    all = !fixed || threadIdx.x != 0 || published(c.summed, origin + fixed);
-#pragma unroll
-    for (int i = 0; i < kEach; ++i)
-      if (mine + i < s.chunk) all = published(c.mapped, origin + mine + i) && all;
+  const int chunk = static_cast<int>(s.chunk), origin = static_cast<int>(s.slot) - chunk, fixed = (chunk - 1) / kSpan * kSpan;  // slots have a bit each
+  const int mine = (fixed ? fixed + 1 : 0) + static_cast<int>(threadIdx.x) * kEach, left = chunk - mine;
+  const unsigned wanted = (1u << (left < 0 ? 0 : left < kEach ? left : kEach)) - 1;
+  bool found = false;
+  while (!found) {
+    __threadfence_block();  // the others' turn, where blocks are emulated
+    found = !wanted || (all_published<kEach>(c.mapped, origin + mine) & wanted) == wanted;
+    if (fixed && threadIdx.x == 0) found = published(c.summed, origin + fixed) && found;
   }
   __threadfence();
   Map of_lane[kEach], folded;
   if (fixed && threadIdx.x == 0) folded = part(sums, origin + fixed);
 #pragma unroll
   for (int i = 0; i < kEach; ++i)
-    if (mine + i < s.chunk) of_lane[i] = part(maps, origin + mine + i);
+    if (wanted >> i & 1) of_lane[i] = part(maps, origin + mine + i);
 #pragma unroll
   for (int i = 0; i < kEach; ++i) folded = compose(folded, of_lane[i]);
   return warp_fold(folded, op);

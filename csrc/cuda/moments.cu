@@ -26,7 +26,8 @@ __global__ void __launch_bounds__(kHeldThreads, kHeldBlocks) masked_reduce_kerne
   Part mine;
   for (int64_t j = 0;; ++j) {
     const auto s = walk.at(j);
-    if (!s.there) break;
+    if (s.past) break;
+    if (!s.there) continue;
     const auto v = load<S>(a.values, walk.base(a.values, s.row), s.piece);
     const Bits b = mask_bits<N>(a.mask, walk.base(a.mask, s.row), s.piece);
     if (b.weighs) mine.weighs = 1;
@@ -87,7 +88,8 @@ __global__ void __launch_bounds__(kHeldThreads, kHeldBlocks) masked_reduce_bwd_k
   const A high = A(m.mean), low = A(m.mean - static_cast<double>(high)), level = A(g.level), slope = A(g.slope);
   for (int64_t j = 0;; ++j) {
     const auto s = walk.at(j);
-    if (!s.there) break;
+    if (s.past) break;
+    if (!s.there) continue;
     Loaded<S> v{};
     if (slope != A(0)) v = load<S>(a.values, walk.base(a.values, s.row), s.piece);
     const int64_t base = walk.base(a.mask, s.row);

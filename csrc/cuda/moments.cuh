@@ -46,7 +46,8 @@ __device__ __forceinline__ Moments weighed(const Operand& values, const Operand&
     Pair mine;
     for (int64_t j = 0;; ++j) {
       const auto s = walk.at(j);
-      if (!s.there) break;
+      if (s.past) break;
+      if (!s.there) continue;
       for (int i = s.piece.begin; i < s.piece.end; ++i) {
         const int64_t at = s.piece.first + i;
         const double w = element<double>(mask, walk.base(mask, s.row) + at * mask.inner_stride);

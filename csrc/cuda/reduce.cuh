@@ -104,6 +104,8 @@ __device__ __forceinline__ T part(const T* parts, int64_t i) {
   memcpy(&found, word, sizeof(T));
   return found;
 }
+// A word that a loop waits for another block to change. Volatile, since the assembler takes other loads, __ldcg too, out of the loop.
+__device__ __forceinline__ unsigned watched(const unsigned* word) { return *static_cast<const volatile unsigned*>(word); }
 // The fold of parts[0, count) in order: a run of them a thread, then the block's fold. All threads of a block have it.
 template <int Threads, class T, class Op>
 __device__ __forceinline__ T fold_parts(const T* parts, int count, T none, Op op) {

@@ -51,7 +51,8 @@ __global__ void __launch_bounds__(kHeldThreads, kHeldBlocks) whiten_fwd_kernel(c
   if (!a.given || in_shared)
     for (int64_t j = kInRegisters;; ++j) {
       const auto s = walk.at(j);
-      if (!s.there) break;
+      if (s.past) break;
+      if (!s.there) continue;
       Loaded<S> v{};
       Bits b;
       look(s, v, b);
@@ -88,7 +89,8 @@ __global__ void __launch_bounds__(kHeldThreads, kHeldBlocks) whiten_fwd_kernel(c
   }
   for (int64_t j = kInRegisters;; ++j) {
     const auto s = walk.at(j);
-    if (!s.there) break;
+    if (s.past) break;
+    if (!s.there) continue;
     const int64_t slot = (j - kInRegisters) * kHeldThreads + threadIdx.x;
     if (j < kInRegisters + in_shared) {
       finish(s, more[slot], more_bits[slot]);

@@ -50,7 +50,8 @@ __global__ void __launch_bounds__(kHeldThreads, kHeldBlocks) whiten_bwd_kernel(c
   for (int j = 0; j < kHalf; ++j) add(walk.at(j), grad[j], values[j]);
   for (int64_t j = kHalf;; ++j) {
     const Spot s = walk.at(j);
-    if (!s.there) break;
+    if (s.past) break;
+    if (!s.there) continue;
     Loaded<S> g{}, v{};
     look(s, g, v);
     add(s, g, v);
@@ -88,7 +89,8 @@ __global__ void __launch_bounds__(kHeldThreads, kHeldBlocks) whiten_bwd_kernel(c
   }
   for (int64_t j = kHalf;; ++j) {
     const Spot s = walk.at(j);
-    if (!s.there) break;
+    if (s.past) break;
+    if (!s.there) continue;
     const int64_t slot = 2 * (j - kHalf) * kHeldThreads + threadIdx.x;
     Loaded<S> g{}, v{};
     if (j < kHalf + in_shared) g = more[slot], v = more[slot + kHeldThreads];
