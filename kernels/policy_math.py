@@ -102,8 +102,7 @@ def variant_token(x, r, lp, old, a, penalty, of_gain, of_harm, c, KIND: tl.const
     else:
         none = (lp != lp) & (lp == lp)
         if KIND == "dro":  # own0 x^2 / 2 - A log_prob
-            slope = c[6] * x
-            return 0.5 * slope * x - a * lp, slope - a, none, none
+            return 0.5 * (c[6] * x) * x - a * lp, tl.fma(c[6], x, -a), none, none
         elif KIND == "cispo":  # -clip(r) A log_prob
             kept = math.clamped(r, c[0], c[1])
             return -(kept * a) * lp, -(kept * a), (kept < r) | (kept > r), none

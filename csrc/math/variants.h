@@ -123,7 +123,7 @@ template <class V>
 RLKERN_HD auto dro_token(const VariantInput<V>& t, const VariantNumbers<V>& o) {
   const V zero = constant<V>(0), slope = o.own[0] * t.x;
   using Test = decltype(zero > zero);
-  return VariantToken<V, Test>{constant<V>(0.5) * slope * t.x - t.advantage * t.log_prob, slope - t.advantage, zero > zero, zero > zero};
+  return VariantToken<V, Test>{constant<V>(0.5) * slope * t.x - t.advantage * t.log_prob, fused(o.own[0], t.x, -t.advantage), zero > zero, zero > zero};
 }
 template <class V>
 RLKERN_HD auto vespo_token(const VariantInput<V>& t) {

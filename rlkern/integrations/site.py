@@ -222,7 +222,8 @@ class Site:
             name, sign = self.terms
             sizes = _run(true, (), wide | {name: sign * wide[name].abs()}, names, self.grads, dice)
         if self.scale is not None:
-            sizes |= dict(leaves(self.scale(**wide)))
+            found = self.scale(**wide)
+            sizes |= found if isinstance(found, dict) else dict(leaves(found))
         self.compare(ours, theirs, exact, sizes, args, kwargs)
 
     def compare(

@@ -158,13 +158,13 @@ def _only_metrics(log_prob: Tensor, response_mask: Tensor, old_log_prob: Tensor,
     return None, _metrics_size(log_prob, response_mask, old_log_prob)
 
 
-def _size_of(name: str) -> Callable[..., Any]:
+def _size_of(name: str) -> Callable[..., dict[str, Tensor]]:
     """The loss if each of its terms were positive."""
 
     def size(
         log_prob: Tensor, advantages: Tensor, response_mask: Tensor, loss_agg_mode: str = "token-mean", config: Any = None,
         rollout_is_weights: Tensor | None = None, **logs: Tensor,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> dict[str, Tensor]:  # fmt: skip
         (old,) = logs.values()
         x = log_prob - old
         r, each = x.clamp(-20, 20).exp(), (advantages * log_prob).abs()
@@ -173,7 +173,8 @@ def _size_of(name: str) -> Callable[..., Any]:
         elif name.startswith("dppo"):
             each = each * r.clamp(max=config.get("clip_ratio_c", 20.0))
         elif name == "dro":
-            each = each + 0.5 * config.policy_loss.dro_beta * x.square()
+            beta = config.policy_loss.dro_beta
+            each, slope = each + 0.5 * beta * x.square(), advantages.abs() + beta * x.abs()
         elif name == "kl_cov":
             each = advantages.abs() * x.exp() + _or(config.policy_loss.ppo_kl_coef, 1.0) * x.abs()
         elif name == "sapo":
@@ -181,8 +182,14 @@ def _size_of(name: str) -> Callable[..., Any]:
             each = advantages.abs() * 4 / tau
             loss_agg_mode = _SEQ
         each = each if rollout_is_weights is None else each * rollout_is_weights.abs()
-        loss = core().agg_loss(each, response_mask, loss_agg_mode, **config.global_batch_info)
-        return loss, _metrics_size(log_prob, response_mask, old)
+        with torch.enable_grad():
+            each = each.detach().requires_grad_()
+            loss = core().agg_loss(each, response_mask, loss_agg_mode, **config.global_batch_info)
+            share = torch.autograd.grad(loss, each)[0]
+        found = {"result[0]": loss.detach(), "result[1]": _metrics_size(log_prob, response_mask, old)}
+        if name == "dro":  # its gradient cancels
+            found["gradient of log_prob"] = share * slope * (1.0 if rollout_is_weights is None else rollout_is_weights.abs())
+        return found
 
     return size
 
