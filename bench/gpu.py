@@ -179,7 +179,7 @@ def _missed(case: Case, row: Row, name: str) -> list[str]:
     if row.shape == SMALL:
         if name == "cuda" and mine * 1e6 > SMALL_DEVICE:
             missed.append(f"over {SMALL_DEVICE} us")
-        if name == "cuda" and row.host[name] * 1e6 > SMALL_HOST:
+        if name == "cuda" and row.host.get(name, 0.0) * 1e6 > SMALL_HOST:
             missed.append(f"host over {SMALL_HOST} us")
         return missed
     aim = LONG_SHARE if row.shape == LONG and name == "cuda" else case.of_copy.get(name, 0.0)

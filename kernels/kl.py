@@ -201,7 +201,8 @@ def last_valid(mask, stride, start, T, INNER: tl.constexpr, ALIGNED: tl.constexp
     first = (T - 1) // BLOCK * BLOCK
     found = T - T - 1
     while (first >= 0) & (found < 0):
-        valid = launch.load(mask, stride, start, first, launch.within(first, T, ALIGNED, BLOCK), INNER, ALIGNED) != 0
+        inside = launch.within(first, T, ALIGNED, BLOCK)
+        valid = (launch.load(mask, stride, start, first, inside, INNER, ALIGNED) != 0) & inside  # one value a row is loaded as one
         last = tl.max(tl.where(valid, tl.arange(0, BLOCK), -1), 0)
         found = tl.where(last < 0, found, first + last)
         first -= BLOCK

@@ -59,6 +59,8 @@ def gae_block(
     seen = tl.where(inside, v, next_value)
     if RULE == "skip":
         live = valid
+        if INNER[4] == 0:
+            v = tl.where(inside, v, 0.0)  # one value a row was loaded as one
         seen, found = chunks.latest(v, live, next_value, True)
     reward = reward_of(tensors, strides, start, first, inside, valid, shaping, RULE, KL, BOUNDED, A, INNER, ALIGNED)
     delta = tl.fma(gamma, chunks.behind(seen, next_value, True), reward) - v

@@ -45,13 +45,13 @@ def _of_stream(device: torch.device, stream: int) -> Tensor:
     found = _memories.get((device, stream))
     if found is None:
         with ThreadPoolExecutor(1) as other:  # this thread may be warming up a graph, in whose pool nothing may stay
-            found = _memories[device, stream] = other.submit(_new_on, device, stream).result()
+            found = _memories[device, stream] = other.submit(_new_on, torch.cuda.current_stream(device)).result()
     return found
 
 
-def _new_on(device: torch.device, stream: int) -> Tensor:
-    with torch.cuda.stream(torch.cuda.ExternalStream(stream, device=device)):
-        return _new(device)
+def _new_on(stream: torch.cuda.Stream) -> Tensor:
+    with torch.cuda.stream(stream):
+        return _new(stream.device)
 
 
 def _of_capture(device: torch.device, stream: int, capture: int) -> Tensor:

@@ -157,4 +157,4 @@ def through_gpu(backend: str) -> None:
 
 def _bits(x: Tensor) -> Tensor:
     """The bits of a tensor, by which NaN equals itself."""
-    return x.detach().contiguous().view(torch.uint8)
+    return x.detach().contiguous().reshape(-1).view(torch.uint8)

@@ -160,3 +160,12 @@ def test_shape_rewards_edge_shapes_packed(backend):
     assert d[0] == 0  # the clip moved it
     assert d[1] == 0  # no token
     assert d[3] == 38
+
+
+def test_shape_rewards_edge_shapes_mask_of_a_row(backend):
+    """One value a row, expanded: the score lies on the last token, and its gradient there."""
+    mask, log_prob = torch.tensor([[1], [0], [1]]).expand(3, 5), torch.zeros(3, 5)
+    scores = torch.tensor([1.0, 2.0, 3.0]).requires_grad_()
+    found = rlkern.shape_rewards(scores, log_prob, log_prob, mask, kl_coef=0.0)
+    assert torch.equal(found.detach()[:, -1], scores.detach())
+    assert torch.equal(torch.autograd.grad(found[:, -1].sum(), scores)[0], torch.ones(3))

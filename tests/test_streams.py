@@ -25,7 +25,8 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: gpu.stream, raising=False)
     monkeypatch.setattr(backends, "cuda", SimpleNamespace(capture=lambda stream: gpu.capture))
     monkeypatch.setattr(streams, "_new", new)
-    monkeypatch.setattr(streams, "_new_on", lambda device, stream: new(device))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
+    monkeypatch.setattr(streams, "_new_on", new)
     for name in ("_memories", "_captures"):
         monkeypatch.setattr(streams, name, {})
     monkeypatch.delitem(sys.modules, "torch._inductor.cudagraph_trees", raising=False)
